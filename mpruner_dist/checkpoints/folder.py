@@ -1,0 +1,113 @@
+"""A Hugging Face checkpoint folder: its configuration, its shards and what lies in them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpruner_dist.checkpoints.header import Header, TensorInfo, read_header
+from mpruner_dist.errors import UserError
+from mpruner_dist.runs.digest import digest, spot_digest
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """A folder whose every shard has been found whole."""
+
+    path: Path
+    config: dict[str, Any]
+    shards: dict[str, Header]
+    """File name -> header, in the order of the names."""
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """All tensors by name."""
+        return {name: info for header in self.shards.values() for name, info in header.tensors.items()}
+
+    @property
+    def num_parameters(self) -> int:
+        """Stored elements; tied weights count once."""
+        return sum(info.num_elements for info in self.tensors.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors, headers left out."""
+        return sum(info.num_bytes for info in self.tensors.values())
+
+    def fingerprint(self) -> str:
+        """Digest of the configuration, the headers and sixteen spots of every shard: quick even at 140 GB."""
+        names = {name: sorted(header.tensors) for name, header in self.shards.items()}
+        return digest([self.config, names, [spot_digest(self.path / name) for name in self.shards]])
+
+
+def read_checkpoint(path: Path) -> CheckpointFolder:
+    """Open a checkpoint and check that it is whole: configuration, index, every shard's header and length.
+
+    Raises:
+        UserError: anything missing, truncated or contradictory, by name.
+    """
+    if not path.is_dir():
+        raise UserError(f"the model folder {path} does not exist")
+    config_path = path / "config.json"
+    if not config_path.is_file():
+        raise UserError(f"{path} holds no config.json: it is no Hugging Face model folder")
+    config = _read_json(config_path)
+    index_path = path / INDEX_NAME
+    if not index_path.is_file():
+        if not (path / SINGLE_NAME).is_file():
+            raise UserError(
+                f"{path} holds neither {INDEX_NAME} nor {SINGLE_NAME}: convert the model to safetensors first"
+            )
+        return CheckpointFolder(path, config, {SINGLE_NAME: read_header(path / SINGLE_NAME)})
+    weight_map = _read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index_path} has no weight_map")
+    shards: dict[str, Header] = {}
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name:
+            raise UserError(f"{index_path} names {name!r}, which is not a file of its own folder")
+        if not (path / name).is_file():
+            raise UserError(f"{path} lacks the shard {name} that its index names; fetch it again")
+        shards[name] = read_header(path / name)
+    _check_index(index_path, weight_map, shards)
+    return CheckpointFolder(path, config, shards)
+
+
+def _check_index(index_path: Path, weight_map: dict[str, str], shards: dict[str, Header]) -> None:
+    found = {(tensor, name) for name, header in shards.items() for tensor in header.tensors}
+    named = set(weight_map.items())
+    if found != named:
+        missing, extra = sorted(named - found)[:3], sorted(found - named)[:3]
+        raise UserError(
+            f"{index_path} and its shards disagree; only in the index: {missing}; only in the shards: {extra}"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return content
+
+
+def shard_name(number: int, count: int) -> str:
+    """Name of the number-th of `count` shards, counted from 1, as transformers writes it."""
+    return SINGLE_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def index_json(shards: dict[str, Header]) -> dict[str, Any]:
+    """Content of the index for these shards."""
+    tensors = [info for header in shards.values() for info in header.tensors.values()]
+    return {
+        "metadata": {
+            "total_parameters": sum(info.num_elements for info in tensors),
+            "total_size": sum(info.num_bytes for info in tensors),
+        },
+        "weight_map": dict(sorted((tensor, name) for name, header in shards.items() for tensor in header.tensors)),
+    }

@@ -1,0 +1,28 @@
+"""From `model.path` to a folder on this machine."""
+
+from pathlib import Path
+
+from mpruner_dist.errors import UserError
+
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+
+
+def resolve_source(path: str, revision: str | None) -> Path:
+    """The local folder of a model: the folder itself, or the files of a hub id, fetched.
+
+    Raises:
+        UserError: no such folder, and no hub id that can be reached.
+    """
+    folder = Path(path).expanduser()
+    if folder.exists():
+        return folder.absolute()
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(f"model.path {path!r}: there is no such folder, and it is no hub id such as owner/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model.path {path!r} is no folder here, and the hub does not give it: {reason}") from error

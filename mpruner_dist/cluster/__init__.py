@@ -1,0 +1,1 @@
+"""Ray workers and tasks, DeepSpeed engines and collectives. Knows nothing of pruning."""

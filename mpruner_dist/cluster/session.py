@@ -1,0 +1,172 @@
+"""Ray: a machine's own or an existing cluster; worker actors for jobs, tasks for files."""
+
+import json
+import logging
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import ray
+from ray.train import RunConfig, ScalingConfig, WorkerGroupError
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from mpruner_dist.cluster.worker import Job, Worker, failure_note
+from mpruner_dist.config import ClusterConfig
+from mpruner_dist.errors import MPrunerError, StageFailure
+from mpruner_dist.logs import show_progress
+
+log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class RaySession:
+    """Connects at the first use, disconnects at the end of the `with` block."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self.config = config
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if ray.is_initialized():
+            ray.shutdown()
+
+    def connect(self) -> None:
+        """Start Ray on this machine, or join the cluster that the configuration or RAY_ADDRESS names."""
+        if ray.is_initialized():
+            return
+        address = self.config.address or os.environ.get("RAY_ADDRESS")
+        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+        # Ray hands the interpreter's path to a shell as it is; a space in it would cut it in two.
+        runtime_env = {"py_executable": shlex.quote(sys.executable)} if " " in sys.executable else {}
+        # A worker that dies is reported by us, with its rank; Ray's own paragraph on it says no more.
+        os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+        for name in ("ray", "ray.train", "ray._private"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            if address:
+                log.info("joining the Ray cluster at %s", address)
+                ray.init(address=address, runtime_env=runtime_env, **quiet)
+            else:
+                log.info("starting Ray on this machine")
+                cpus = max(cpus_here(), self.config.workers * (self.config.cpus_per_worker or 1))
+                ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=runtime_env, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            where = f"the cluster at {address}" if address else "this machine"
+            raise StageFailure(f"Ray does not start on {where}: {error}") from error
+
+    def run_workers(self, job: Job, spec: dict[str, Any], stage: str, run_path: Path) -> None:
+        """Run `job(worker, spec)` on every worker; start all again when one was killed, so jobs must resume.
+
+        Raises:
+            MPrunerError: what a worker raised, with its rank and host; or a worker killed too often.
+        """
+        self.connect()
+        device = self._device()
+        logs = run_path / "logs"
+        settings = {"job": job, "spec": spec, "device": device, "logs": str(logs), "stage": stage}
+        cpus = self.config.cpus_per_worker or max(1, cpus_here() // self.config.workers)
+        resources: dict[str, float] = {"CPU": cpus, "GPU": 1} if device == "cuda" else {"CPU": cpus}
+        self._require_resources(resources)
+        for attempt in range(self.config.max_restarts + 1):
+            for rank in range(self.config.workers):
+                failure_note(logs, stage, rank).unlink(missing_ok=True)
+            trainer = TorchTrainer(
+                _run_job,
+                train_loop_config=settings | {"cpus": cpus},
+                torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo"),
+                scaling_config=ScalingConfig(
+                    num_workers=self.config.workers, use_gpu=device == "cuda", resources_per_worker=resources
+                ),
+                run_config=RunConfig(name=f"{stage}-{time.time_ns()}", storage_path=str(logs / "ray")),
+            )
+            try:
+                with show_progress(logs / "progress.json"):
+                    trainer.fit()
+                return
+            except WorkerGroupError as error:
+                lost = self._explain(error, stage, logs)
+                if attempt == self.config.max_restarts:
+                    raise StageFailure(f"{lost}; gave up after {attempt} restart(s)") from error
+                log.warning("%s; starting the workers again (%d of %d)", lost, attempt + 1, self.config.max_restarts)
+
+    def run_tasks(self, function: Callable[[Item], Result], items: list[Item]) -> list[Result]:
+        """`[function(item) for item in items]`, each call a Ray task."""
+        self.connect()
+        remote = ray.remote(num_cpus=1)(function)
+        try:
+            return list(ray.get([remote.remote(item) for item in items]))
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, MPrunerError):
+                raise type(cause)(str(cause)) from error
+            raise
+
+    def _device(self) -> str:
+        if self.config.device != "auto":
+            return self.config.device
+        return "cuda" if ray.cluster_resources().get("GPU", 0) >= self.config.workers else "cpu"
+
+    def _require_resources(self, per_worker: dict[str, float]) -> None:
+        have = ray.cluster_resources()
+        for name, amount in per_worker.items():
+            needed = amount * self.config.workers
+            if have.get(name, 0) < needed:
+                raise StageFailure(
+                    f"{self.config.workers} workers of {amount:g} {name} need {needed:g}, the Ray cluster has "
+                    f"{have.get(name, 0):g}: lower cluster.workers or cluster.cpus_per_worker, or add nodes"
+                )
+
+    def _explain(self, error: WorkerGroupError, stage: str, logs: Path) -> str:
+        """Say which worker was killed; raise what a worker raised itself, for that would only happen again."""
+        failures: dict[int, Exception] = error.worker_failures
+        notes = {rank: failure_note(logs, stage, rank) for rank in failures}
+        killed = [rank for rank, note in sorted(notes.items()) if not note.exists()]
+        if killed:
+            return (
+                f"{stage}: worker {killed[0]} of {self.config.workers} was killed ({_first_line(failures[killed[0]])})"
+            )
+        told = [json.loads(note.read_text()) for note in notes.values()]
+        first = min(told, key=lambda note: float(note["when"]))
+        rank, cause = first["rank"], failures[first["rank"]]
+        where = f"{stage}: rank {rank} on {first['host']} failed"
+        if isinstance(cause, MPrunerError):
+            raise type(cause)(f"{where}: {cause}") from error
+        raise StageFailure(
+            f"{where}: {first['type']}: {_first_line(cause)}; its log: {logs / f'{stage}-rank{rank}.log'}"
+        ) from error
+
+
+def cpus_here() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _run_job(settings: dict[str, Any]) -> None:
+    """The function that Ray Train runs on every worker."""
+    if settings["device"] == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # before deepspeed is imported: it looks for devices at import
+    import torch
+
+    torch.set_num_threads(settings["cpus"])
+    context = ray.train.get_context()
+    worker = Worker(
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        local_rank=context.get_local_rank(),
+        device_kind=settings["device"],
+        logs=Path(settings["logs"]),
+        stage=settings["stage"],
+    )
+    worker.run(settings["job"], settings["spec"])

@@ -1,0 +1,96 @@
+"""DeepSpeed configurations as data: a user's JSON, completed from the run's own. Imports no DeepSpeed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mpruner_dist.errors import UserError
+
+Settings = dict[str, Any]
+
+
+def read_deepspeed_config(path: Path | None) -> Settings:
+    """A user's DeepSpeed JSON; empty without one.
+
+    Raises:
+        UserError: unreadable, or no JSON object.
+    """
+    if path is None:
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the DeepSpeed configuration {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"the DeepSpeed configuration {path} must hold a JSON object")
+    return content
+
+
+def fill_in(given: Settings, required: Settings, defaults: Settings) -> Settings:
+    """A user's settings, completed.
+
+    Args:
+        given: what the user wrote; "auto" stands for "you know".
+        required: what follows from the run; the user may repeat it but not contradict it.
+        defaults: used where the user wrote nothing, or "auto".
+
+    Raises:
+        UserError: a contradiction, or an "auto" that nothing here answers.
+    """
+    _require_agreement(given, required, "")
+    filled = defaults | given
+    for key, value in given.items():
+        filled[key] = _answer_auto(value, required.get(key, defaults.get(key)), key)
+    return _merged(filled, required)
+
+
+def _require_agreement(given: Settings, required: Settings, where: str) -> None:
+    for key, value in required.items():
+        if isinstance(value, dict):
+            _require_agreement(given.get(key) or {}, value, f"{where}{key}.")
+        elif given.get(key, "auto") not in ("auto", value):
+            raise UserError(
+                f"the DeepSpeed configuration sets {where}{key} = {given[key]!r}, the run needs {value!r}: write "
+                '"auto" there or change the run\'s configuration'
+            )
+
+
+def _answer_auto(value: Any, answer: Any, where: str) -> Any:
+    if isinstance(value, dict):
+        answers = answer if isinstance(answer, dict) else {}
+        return {key: _answer_auto(inner, answers.get(key), f"{where}.{key}") for key, inner in value.items()}
+    if value != "auto":
+        return value
+    if answer is None:
+        raise UserError(f'the DeepSpeed configuration says {where} = "auto", and the run does not set it: give a value')
+    return answer
+
+
+def _merged(below: Settings, above: Settings) -> Settings:
+    merged = dict(below)
+    for key, value in above.items():
+        merged[key] = _merged(below.get(key) or {}, value) if isinstance(value, dict) else value
+    return merged
+
+
+def dtype_settings(dtype: str) -> Settings:
+    """The part of a DeepSpeed configuration that sets the number type."""
+    return {"bf16": {"enabled": dtype == "bfloat16"}, "fp16": {"enabled": dtype == "float16"}}
+
+
+def zero_stage(settings: Settings) -> int:
+    """ZeRO stage that a DeepSpeed configuration asks for."""
+    return int(settings.get("zero_optimization", {}).get("stage", 0))
+
+
+def inference_settings(given: Settings, stage: int, dtype: str) -> Settings:
+    """A DeepSpeed configuration for forward passes only; `stage` where the given one does not say.
+
+    Raises:
+        UserError: a contradiction, or a ZeRO stage that has no meaning without an optimizer.
+    """
+    required = {"train_micro_batch_size_per_gpu": 1, **dtype_settings(dtype)}
+    settings = fill_in(given, required, {"zero_optimization": {"stage": stage}})
+    if zero_stage(settings) not in (0, 3):
+        raise UserError(f"collection and evaluation run under ZeRO stage 0 or 3, not {zero_stage(settings)}")
+    return settings

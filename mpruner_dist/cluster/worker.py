@@ -1,0 +1,79 @@
+"""One worker of a job: its rank, its device, its collectives, its log. Runs inside a Ray Train actor."""
+
+import json
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+
+from mpruner_dist.logs import ProgressWriter
+
+Job = Callable[["Worker", dict[str, Any]], None]
+
+
+class Worker:
+    """What a job knows of the place where it runs."""
+
+    def __init__(self, rank: int, world_size: int, local_rank: int, device_kind: str, logs: Path, stage: str) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.logs, self.stage = logs, stage
+        self.host = platform.node()
+        self.device = torch.device(device_kind, local_rank) if device_kind == "cuda" else torch.device("cpu")
+        self._progress: ProgressWriter | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this worker writes what all of them share."""
+        return self.rank == 0
+
+    def sum_over_workers(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All-reduce a tensor in place, by sum, and return it. gloo and nccl both take float64."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait until every worker is here."""
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+    def begin_progress(self, label: str, unit: str, total: int, done: int = 0) -> None:
+        """Announce work of `total` units, over all workers."""
+        self._progress = (
+            ProgressWriter(self.logs / "progress.json", label, unit, total, done) if self.is_first else None
+        )
+
+    def tell(self, done: int, note: str = "") -> None:
+        """Say how far the announced work is."""
+        if self._progress is not None:
+            self._progress.tell(done, note)
+
+    def log(self, message: str) -> None:
+        """Write a line to this worker's log."""
+        sys.stderr.write(f"{time.strftime('%H:%M:%S')} rank {self.rank} on {self.host}: {message}\n")
+
+    def run(self, job: Job, spec: dict[str, Any]) -> None:
+        """Do the job with this process's output in the worker's log; leave a note beside it if the job fails."""
+        with (self.logs / f"{self.stage}-rank{self.rank}.log").open("a") as file:
+            os.dup2(file.fileno(), sys.stdout.fileno())
+            os.dup2(file.fileno(), sys.stderr.fileno())
+        self.log(f"{job.__module__}.{job.__name__} on {self.device}, {torch.get_num_threads()} threads")
+        try:
+            job(self, spec)
+        except BaseException as error:
+            traceback.print_exc()
+            note = {"rank": self.rank, "host": self.host, "type": type(error).__name__, "when": time.time()}
+            failure_note(self.logs, self.stage, self.rank).write_text(json.dumps(note))
+            raise
+
+
+def failure_note(logs: Path, stage: str, rank: int) -> Path:
+    """Where a worker that raised says so. A worker that was killed leaves none: so the two are told apart."""
+    return logs / f".{stage}-rank{rank}.failed.json"

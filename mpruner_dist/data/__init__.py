@@ -1,0 +1,1 @@
+"""Text to token blocks: sources, tokenising, packing, batches with global ids."""

@@ -1,0 +1,119 @@
+"""Records to blocks of tokens, and blocks to batches with global ids."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import safe_open
+from safetensors.numpy import save
+
+from mpruner_dist.errors import UserError
+from mpruner_dist.runs.commit import write_bytes
+
+Ints = npt.NDArray[np.int32]
+TOKENIZE_AT_ONCE = 256  # records handed to the tokenizer together
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Token ids [blocks, tokens], int32, and how many of each block are text, [blocks]. The rest is padding."""
+
+    ids: Ints
+    lengths: Ints
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rows(self, rows: Iterable[int]) -> "Blocks":
+        """The given blocks, in the given order."""
+        chosen = list(rows)
+        return Blocks(self.ids[chosen], self.lengths[chosen])
+
+    def mask(self) -> npt.NDArray[np.int64]:
+        """Attention mask [blocks, tokens]: 1 for text, 0 for padding."""
+        return (np.arange(self.ids.shape[1]) < self.lengths[:, None]).astype(np.int64)
+
+
+def make_blocks(
+    records: Iterable[str],
+    tokenizer: Any,
+    block_size: int,
+    pack: bool,
+    separator: str | None,
+    limit: int | None,
+) -> Blocks:
+    """Tokenise records into at most `limit` blocks of `block_size`; reads no more records than it needs.
+
+    Packed, the records run on, and the last, unfilled block is left out. Not packed, each record is cut to one block
+    and padded on the right.
+    """
+    lists = _token_lists(records, tokenizer, separator if pack else "")
+    if pack:
+        made = islice(_packed(lists, block_size), limit)
+    else:
+        made = islice((tokens[:block_size] for tokens in lists if len(tokens) >= 2), limit)
+    rows = list(made)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    ids = np.full((len(rows), block_size), pad, np.int32)
+    for row, tokens in zip(ids, rows, strict=True):
+        row[: len(tokens)] = tokens
+    return Blocks(ids, np.array([len(tokens) for tokens in rows], np.int32))
+
+
+def _token_lists(records: Iterable[str], tokenizer: Any, separator: str | None) -> Iterator[list[int]]:
+    end = [tokenizer.eos_token_id] if separator is None and tokenizer.eos_token_id is not None else []
+    iterator = iter(records)
+    while texts := list(islice(iterator, TOKENIZE_AT_ONCE)):
+        encoded = tokenizer([text + (separator or "") for text in texts], add_special_tokens=False, verbose=False)
+        for tokens in encoded["input_ids"]:
+            yield tokens + end
+
+
+def _packed(lists: Iterable[list[int]], block_size: int) -> Iterator[list[int]]:
+    buffer: list[int] = []
+    for tokens in lists:
+        buffer += tokens
+        while len(buffer) >= block_size:
+            yield buffer[:block_size]
+            buffer = buffer[block_size:]
+
+
+def save_blocks(path: Path, blocks: Blocks) -> None:
+    """Write blocks whole or not at all."""
+    write_bytes(path, save({"input_ids": blocks.ids, "lengths": blocks.lengths}))
+
+
+def load_blocks(path: Path) -> Blocks:
+    """Read blocks that `save_blocks` wrote.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, "numpy") as file:
+            return Blocks(file.get_tensor("input_ids"), file.get_tensor("lengths"))
+    except Exception as error:
+        raise UserError(f"cannot read the token blocks {path}: {error}") from error
+
+
+def batch_rows(batch: int, batch_size: int, num_blocks: int) -> range:
+    """Blocks of the batch with this global id: fixed by the data alone, whoever computes it."""
+    return range(batch * batch_size, min((batch + 1) * batch_size, num_blocks))
+
+
+def num_batches(num_blocks: int, batch_size: int) -> int:
+    """Batches that cover so many blocks; the last may be smaller."""
+    return -(-num_blocks // batch_size)
+
+
+def share_of_batches(batches: list[int], rank: int, world_size: int) -> tuple[list[int], int]:
+    """A worker's batches, and how many turns all workers take.
+
+    Under ZeRO stage 3 every worker must take part in each forward pass: one with fewer batches than turns repeats its
+    work and leaves the result out.
+    """
+    return batches[rank::world_size], -(-len(batches) // world_size)

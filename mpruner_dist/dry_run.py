@@ -1,0 +1,129 @@
+"""What a run would do: everything is checked, nothing is made, no worker starts."""
+
+import math
+from typing import Any
+
+import torch
+
+from mpruner_dist.checkpoints.folder import CheckpointFolder, read_checkpoint
+from mpruner_dist.checkpoints.naming import layer_parameters
+from mpruner_dist.checkpoints.source import resolve_source
+from mpruner_dist.cluster.settings import Settings, inference_settings, read_deepspeed_config, zero_stage
+from mpruner_dist.config import Config
+from mpruner_dist.data.blocks import Blocks
+from mpruner_dist.data.prepare import load_tokenizer, make_part
+from mpruner_dist.models.blocks import num_layers
+from mpruner_dist.models.loading import quiet_transformers, read_config
+from mpruner_dist.models.naming import block_prefix
+from mpruner_dist.plan import read_plan
+from mpruner_dist.retraining.settings import training_settings
+
+Rows = list[tuple[str, str]]
+
+
+def describe(config: Config) -> Rows:
+    """Rows of a table: model, text, work, disk and memory.
+
+    Memory counts weights, gradients, optimizer state, Gram matrices and logits; the activations of a few layers and the
+    framework come on top.
+
+    Raises:
+        UserError: whatever a run would stumble over.
+    """
+    quiet_transformers()
+    source = resolve_source(config.model.path, config.model.revision)
+    checkpoint = read_checkpoint(source)
+    model_config = read_config(source, config.model.trust_remote_code)
+    depth = num_layers(model_config)
+    prefix = block_prefix(checkpoint, model_config, config.model.trust_remote_code)
+    sizes = layer_parameters(checkpoint, prefix, depth)
+    tokenizer = load_tokenizer(source, config.model.trust_remote_code)
+    parts = {part: make_part(config, part, text, tokenizer)[0] for part, text in config.data.parts().items()}
+    inference = inference_settings(
+        read_deepspeed_config(config.cluster.deepspeed), config.cluster.zero_stage, config.model.dtype
+    )
+    if config.plan.file is not None:
+        read_plan(config.plan.file, depth)
+    return [
+        ("model", f"{config.model.path} ({model_config.model_type}, {config.model.dtype})"),
+        ("layers", f"{depth}, {prefix}.0 to {prefix}.{depth - 1}, at most {max(sizes) / 1e6:.2f} M parameters each"),
+        ("parameters", f"{checkpoint.num_parameters:,}"),
+        ("to read", f"{_bytes(checkpoint.num_bytes)} in {len(checkpoint.shards)} file(s)"),
+        ("to write", _to_write(config, checkpoint, sizes)),
+        *((f"{part} text", f"{len(made)} blocks, {int(made.lengths.sum()):,} tokens") for part, made in parts.items()),
+        ("workers", f"{config.cluster.workers}, device {config.cluster.device}, ZeRO stage {zero_stage(inference)}"),
+        ("collection", _collection(config, checkpoint, inference, depth)),
+        *_retraining(config, checkpoint, parts),
+        ("evaluation", _evaluation(config, checkpoint, inference, model_config, parts["test"])),
+    ]  # fmt: skip
+
+
+def _to_write(config: Config, checkpoint: CheckpointFolder, sizes: list[int]) -> str:
+    outputs = 1 if config.retrain is None else 2
+    if config.plan.keep_layers is not None:
+        left = 1 - (len(sizes) - config.plan.keep_layers) * (sum(sizes) / len(sizes)) / checkpoint.num_parameters
+        return f"about {_bytes(outputs * left * checkpoint.num_bytes)} in {outputs} checkpoint(s)"
+    return f"at most {_bytes(outputs * checkpoint.num_bytes)} in {outputs} checkpoint(s), less what the plan removes"
+
+
+def _collection(config: Config, checkpoint: CheckpointFolder, settings: Settings, depth: int) -> str:
+    collect = config.collect
+    candidates = collect.samples * 5 // 4
+    memory = _weights(config, checkpoint, settings) + depth * (candidates**2 * 4 + collect.samples**2 * 8)
+    tokens = collect.num_batches * collect.batch_size * config.data.block_size
+    turns = math.ceil(collect.num_batches / config.cluster.workers)
+    return (
+        f"{collect.num_batches} batches of {collect.batch_size} x {config.data.block_size} tokens ({tokens:,}), "
+        f"{turns} turns a worker, {_bytes(memory)} a worker"
+    )
+
+
+def _evaluation(
+    config: Config, checkpoint: CheckpointFolder, settings: Settings, model_config: Any, test: Blocks
+) -> str:
+    logits = config.evaluate.batch_size * config.data.block_size * model_config.vocab_size * 8
+    memory = _weights(config, checkpoint, settings) + logits
+    models = 2 if config.retrain is None else 3
+    return f"{models} models on {int(test.lengths.sum()):,} tokens, {_bytes(memory)} a worker"
+
+
+def _retraining(config: Config, checkpoint: CheckpointFolder, parts: dict[str, Blocks]) -> Rows:
+    retrain = config.retrain
+    if retrain is None:
+        return [("retraining", "none")]
+    settings = training_settings(
+        read_deepspeed_config(retrain.deepspeed), retrain, config.model.dtype, config.cluster.workers
+    )
+    stage, workers = zero_stage(settings), config.cluster.workers
+    width = _width(config)
+    state = {"optimizer": 12 if width < 4 else 8, "gradients": width, "weights": width}
+    divided = {"optimizer": stage >= 1, "gradients": stage >= 2, "weights": stage >= 3}
+    per_parameter = sum(size / (workers if divided[name] else 1) for name, size in state.items())
+    teacher = width / (workers if stage == 3 else 1) if retrain.distillation else 0
+    memory = checkpoint.num_parameters * (per_parameter + teacher)
+    epochs = retrain.steps * retrain.batch_size / len(parts["train"])
+    return [
+        (
+            "retraining",
+            f"{retrain.steps} steps of {retrain.batch_size} x {config.data.block_size} tokens ({epochs:.1f} epochs), "
+            f"{settings['gradient_accumulation_steps']} micro-batches of {retrain.micro_batch_size} a worker, "
+            f"ZeRO stage {stage}, at most {_bytes(memory)} a worker",
+        )
+    ]
+
+
+def _width(config: Config) -> int:
+    """Bytes of a weight in memory."""
+    return int(getattr(torch, config.model.dtype).itemsize)
+
+
+def _weights(config: Config, checkpoint: CheckpointFolder, settings: Settings) -> float:
+    share = config.cluster.workers if zero_stage(settings) == 3 else 1
+    return checkpoint.num_parameters * _width(config) / share
+
+
+def _bytes(number: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number / 1e3:.1f} kB"

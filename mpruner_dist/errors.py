@@ -1,0 +1,22 @@
+"""What can go wrong, told to the person who must act: what, where, the value, what to do.
+
+Every exception here carries one string, so that it survives pickling between processes.
+"""
+
+
+class MPrunerError(Exception):
+    """A failure with a message for the user; the command line prints it without a traceback."""
+
+    exit_code = 1
+
+
+class UserError(MPrunerError):
+    """The input is wrong: configuration, checkpoint, data, plan or run folder."""
+
+    exit_code = 2
+
+
+class StageFailure(MPrunerError):
+    """A stage could not finish although its input is right: a full disk, a lost worker, a failed proof."""
+
+    exit_code = 1

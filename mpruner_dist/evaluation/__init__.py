@@ -1,0 +1,1 @@
+"""Quality, size and speed of the original, the pruned and the retrained model."""

@@ -1,0 +1,56 @@
+"""The stage `evaluate`: what every worker does for the original, the pruned and the retrained model."""
+
+import gc
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from mpruner_dist.checkpoints.folder import read_checkpoint
+from mpruner_dist.cluster.engine import start_deepspeed
+from mpruner_dist.cluster.settings import inference_settings
+from mpruner_dist.cluster.worker import Worker
+from mpruner_dist.config import Config
+from mpruner_dist.data.blocks import load_blocks, num_batches
+from mpruner_dist.models.blocks import num_layers
+from mpruner_dist.models.engines import inference_engine
+from mpruner_dist.models.scoring import score_text
+from mpruner_dist.runs.commit import write_json
+
+
+def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
+    """Score each model on the test part and write `LABEL.json`; one that stands from an earlier attempt is kept.
+
+    spec: config (Config), models (dict of label -> Path), blocks (Path), results (Path), deepspeed (dict).
+    """
+    config: Config = spec["config"]
+    results = Path(spec["results"])
+    todo = {label: Path(path) for label, path in spec["models"].items() if not (results / f"{label}.json").exists()}
+    worker.barrier()  # nobody writes before everybody has looked
+    start_deepspeed(worker.device)
+    settings = inference_settings(spec["deepspeed"], config.cluster.zero_stage, config.model.dtype)
+    blocks = load_blocks(spec["blocks"])
+    for label, folder in todo.items():
+        engine = inference_engine(settings, folder, config.model)
+        worker.begin_progress(f"evaluate {label}", "batches", num_batches(len(blocks), config.evaluate.batch_size))
+        score = score_text(worker, engine, blocks, config.evaluate.batch_size, worker.tell)
+        if worker.is_first:
+            checkpoint = read_checkpoint(folder)
+            write_json(results / f"{label}.json", {
+                "layers": num_layers(engine.module.config),
+                "parameters": checkpoint.num_parameters,
+                "bytes": checkpoint.num_bytes,
+                "loss": score.nll,
+                "perplexity": math.exp(min(score.nll, 700.0)),  # e^700 still is a float64
+                "tokens": score.tokens,
+                "tokens_per_second": blocks.lengths.sum().item() / score.seconds,
+            })  # fmt: skip
+        engine.destroy()
+        del engine
+        gc.collect()
+        worker.barrier()
+
+
+def write_evaluation(results: Path, labels: list[str], target: Path) -> None:
+    """Put the results together as `evaluation.json`."""
+    write_json(target, {label: json.loads((results / f"{label}.json").read_text()) for label in labels})

@@ -1,0 +1,67 @@
+"""Where the blocks of a decoder live: by rule, from the model itself."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from mpruner_dist.errors import UserError
+
+
+def num_layers(config: Any) -> int:
+    """Blocks that the configuration asks for.
+
+    Raises:
+        UserError: a configuration without one plain number of layers.
+    """
+    number = getattr(config, "num_hidden_layers", None)
+    if not isinstance(number, int):
+        raise UserError(
+            f"a model of type {config.model_type!r} has no single stack of num_hidden_layers blocks: only decoders "
+            "(causal language models) are supported"
+        )
+    return number
+
+
+def find_blocks(model: torch.nn.Module, number: int) -> tuple[str, torch.nn.ModuleList]:
+    """The one list of `number` blocks of a model, and its name, such as `model.layers`.
+
+    Raises:
+        UserError: none, or more than one.
+    """
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == number
+    ]
+    outermost = [(name, module) for name, module in found if not any(name.startswith(f"{o}.") for o, _ in found)]
+    if len(outermost) != 1:
+        names = ", ".join(name for name, _ in outermost) or "none"
+        raise UserError(f"{type(model).__name__} should have one list of {number} blocks, it has: {names}")
+    return outermost[0]
+
+
+def hidden_states_of(output: Any) -> torch.Tensor:
+    """The hidden states [batch, tokens, width] in a block's output: some families return them in a tuple."""
+    hidden: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
+    return hidden
+
+
+@contextmanager
+def skipped(blocks: torch.nn.ModuleList, layers: list[int]) -> Iterator[None]:
+    """Inside, the given blocks pass their input on as if they were not there.
+
+    Each still computes, so that this holds for any family whatever its block returns besides the hidden states.
+    """
+
+    def pass_on(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return hidden if isinstance(output, torch.Tensor) else (hidden, *output[1:])
+
+    hooks = [blocks[layer].register_forward_hook(pass_on, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,88 @@
+"""A model from its folder: configuration, skeleton on the meta device, weights."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from mpruner_dist.errors import UserError
+
+
+def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The model's configuration, as its own class completes it.
+
+    Raises:
+        UserError: transformers cannot read it.
+    """
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"transformers {transformers.__version__} cannot read {folder}/config.json: {error}") from error
+
+
+def empty_model(config: Any, trust_remote_code: bool = False) -> torch.nn.Module:
+    """The causal language model of a configuration with shapes but no weights (meta device)."""
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-any-return]
+            config, trust_remote_code=trust_remote_code
+        )
+
+
+def load_model(
+    folder: Path,
+    dtype: str,
+    *,
+    head: bool = True,
+    trust_remote_code: bool = False,
+    partition: dict[str, Any] | None = None,
+) -> torch.nn.Module:
+    """The model with its weights, in eval mode, on the CPU.
+
+    Args:
+        folder: a Hugging Face folder.
+        dtype: number type of the weights, or "auto" for the checkpoint's own.
+        head: False leaves the projection to the vocabulary out.
+        trust_remote_code: run code that lies in the folder.
+        partition: a DeepSpeed configuration of ZeRO stage 3: each worker gets its slice of every weight.
+    """
+    quiet_transformers()
+    kind = transformers.AutoModelForCausalLM if head else transformers.AutoModel
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if partition is None:
+        model = kind.from_pretrained(folder, **options)
+    else:
+        # imported here: it imports DeepSpeed, which takes seconds and looks for accelerators
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+        keep_alive = HfDeepSpeedConfig(partition)  # transformers only refers to it weakly
+        try:
+            model = kind.from_pretrained(folder, **options)
+        finally:
+            del keep_alive
+            unset_hf_deepspeed_config()
+    model.config.use_cache = False
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def loading_report(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
+    """How a folder's tensors fit the model of its configuration, found out without reading them (meta device).
+
+    Returns:
+        `missing_keys`, `unexpected_keys` (names) and `mismatched_keys` (name, shape in the file, shape in the model).
+    """
+    quiet_transformers()
+    _, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        device_map="meta",
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        trust_remote_code=trust_remote_code,
+    )
+    return dict(report)
+
+
+def quiet_transformers() -> None:
+    """No bars and no load reports: a base model rightly leaves the head's weights unread."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()

@@ -1,0 +1,78 @@
+"""How well a language model predicts text: summed over all tokens on all workers, then divided once.
+
+Shape suffixes: B sequences, T tokens, V words of the vocabulary.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpruner_dist.cluster.worker import Worker
+from mpruner_dist.data.blocks import Blocks, batch_rows, num_batches, share_of_batches
+from mpruner_dist.errors import StageFailure
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """Negative log-likelihood in nats a token, the tokens it is the mean of, and seconds of the slowest worker."""
+
+    nll: float
+    tokens: int
+    seconds: float
+
+
+def model_inputs(blocks: Blocks, device: torch.device) -> dict[str, Any]:
+    """Keyword arguments of a decoder's forward for these blocks: ids and mask [B, T], int64."""
+    return {
+        "input_ids": torch.from_numpy(blocks.ids).long().to(device),
+        "attention_mask": torch.from_numpy(blocks.mask()).to(device),
+        "use_cache": False,
+    }
+
+
+def token_nll(logits_BTV: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, int]:
+    """Summed negative log-likelihood, float32, of every token after the first that is no padding, and their number."""
+    targets_BT = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)[:, 1:]
+    nll = torch.nn.functional.cross_entropy(
+        logits_BTV[:, :-1].flatten(0, 1).float(), targets_BT.flatten(), ignore_index=-100, reduction="sum"
+    )
+    return nll, int((targets_BT != -100).sum())
+
+
+def score_text(
+    worker: Worker, engine: Any, blocks: Blocks, batch_size: int, tell: Callable[[int], None] = lambda _: None
+) -> TextScore:
+    """Score blocks on all workers; the same on every worker. `tell` hears how many batches are done.
+
+    Raises:
+        StageFailure: the likelihood is not finite.
+    """
+    batches = num_batches(len(blocks), batch_size)
+    mine, turns = share_of_batches(list(range(batches)), worker.rank, worker.world_size)
+    sums = torch.zeros(2, dtype=torch.float64, device=worker.device)
+    _forward(worker, engine, blocks.rows([0]))  # warm-up, outside the time
+    worker.barrier()
+    begun = time.monotonic()
+    for turn in range(turns):
+        counted = turn < len(mine)  # else a turn taken only because ZeRO stage 3 needs everyone
+        rows = blocks.rows(batch_rows(mine[turn] if counted else 0, batch_size, len(blocks)))
+        nll, tokens = _forward(worker, engine, rows)
+        if counted:
+            sums += torch.tensor([float(nll), float(tokens)], dtype=torch.float64, device=worker.device)
+        tell(min((turn + 1) * worker.world_size, batches))
+    worker.barrier()
+    seconds = time.monotonic() - begun
+    nll_sum, token_sum = worker.sum_over_workers(sums).tolist()
+    if not nll_sum < float("inf"):
+        raise StageFailure("the model's loss on the text is not finite: try model.dtype float32 or bfloat16")
+    return TextScore(nll_sum / token_sum, int(token_sum), seconds)
+
+
+def _forward(worker: Worker, engine: Any, blocks: Blocks) -> tuple[Tensor, int]:
+    inputs = model_inputs(blocks, worker.device)
+    with torch.no_grad():
+        return token_nll(engine(**inputs).logits, inputs)

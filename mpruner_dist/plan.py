@@ -1,0 +1,107 @@
+"""The plan: which layers stay, which go, and why. What planning makes and rewriting carries out; pure data.
+
+Layer ranges are written as people write them: `0-11,20-31`, inclusive, counted from 0.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from mpruner_dist.errors import UserError
+
+
+class Plan(BaseModel):
+    """Content of `plan.json`. `kept` and `num_layers` suffice in a plan written by hand."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_layers: int
+    kept: list[int]
+    dropped: list[int] = []
+    clusters: list[list[int]] = []
+    reasons: dict[str, Any] = {}
+    method: str = "given"
+
+    @model_validator(mode="after")
+    def _layers_exist(self) -> Self:
+        if not self.kept:
+            raise ValueError("kept is empty: a model needs at least one layer")
+        strange = [layer for layer in self.kept if not 0 <= layer < self.num_layers]
+        if strange:
+            raise ValueError(f"kept names layer {strange[0]}; the model has layers 0 to {self.num_layers - 1}")
+        if sorted(set(self.kept)) != self.kept:
+            raise ValueError("kept must name each layer once, in ascending order")
+        rest = [layer for layer in range(self.num_layers) if layer not in self.kept]
+        if self.dropped and self.dropped != rest:
+            raise ValueError(f"dropped is {self.dropped}, but what kept leaves out is {rest}")
+        return self
+
+    @classmethod
+    def keeping(cls, num_layers: int, kept: list[int], **more: Any) -> Self:
+        """A plan from what is kept.
+
+        Raises:
+            UserError: it keeps nothing or names a layer that is not there.
+        """
+        dropped = [layer for layer in range(num_layers) if layer not in kept]
+        plan: Self = _validated(cls, {"num_layers": num_layers, "kept": kept, "dropped": dropped} | more, "the plan")
+        return plan
+
+
+def _validated(cls: Any, content: Any, where: str) -> Any:
+    try:
+        return cls.model_validate(content)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, p['loc']))} {p['msg'].removeprefix('Value error, ')}".strip() for p in error.errors()
+        )
+        raise UserError(f"{where}: {problems}") from error
+
+
+def read_plan(path: Path, num_layers: int) -> Plan:
+    """Read a plan for a model of `num_layers` layers.
+
+    Raises:
+        UserError: unreadable, not a plan, or for another number of layers.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the plan {path}: {error}") from error
+    plan: Plan = _validated(Plan, content, f"the plan {path}")
+    if plan.num_layers != num_layers:
+        raise UserError(f"the plan {path} is for {plan.num_layers} layers, the model has {num_layers}")
+    return Plan.keeping(num_layers, plan.kept, **plan.model_dump(include={"clusters", "reasons", "method"}))
+
+
+def parse_layers(text: str) -> list[int]:
+    """Layers of a text such as `0-11,20-31`, in ascending order.
+
+    Raises:
+        UserError: not such a text, a range that runs backwards, or a layer named twice.
+    """
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise UserError(f"layers {text!r}: write ranges such as 0-11,20-31, counted from 0, ends included")
+        begin, end = int(first), int(last) if dash else int(first)
+        if end < begin:
+            raise UserError(f"layers {text!r}: the range {part.strip()} runs backwards")
+        layers += range(begin, end + 1)
+    if len(set(layers)) != len(layers):
+        raise UserError(f"layers {text!r}: a layer is named twice")
+    return sorted(layers)
+
+
+def format_layers(layers: list[int]) -> str:
+    """The shortest such text for ascending layers."""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and parts[-1][-1] == layer - 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return ",".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)

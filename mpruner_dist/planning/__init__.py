@@ -1,0 +1,1 @@
+"""From a CKA matrix to the layers that are kept. No torch, no processes."""

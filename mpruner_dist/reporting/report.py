@@ -1,0 +1,257 @@
+"""The stage `report`: `report.html`, its figures, and a model card in each output folder."""
+
+import base64
+import json
+import logging
+import platform
+import re
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from mpruner_dist.config import CollectConfig, Config, PlanConfig
+from mpruner_dist.plan import Plan, format_layers, read_plan
+from mpruner_dist.reporting.figures import losses_figure, neighbours_figure, similarity_figure
+from mpruner_dist.reporting.table import (
+    HEADINGS,
+    duration_text,
+    evaluation_changes,
+    evaluation_rows,
+    parameters_text,
+    perplexity_text,
+)
+from mpruner_dist.runs.commit import write_bytes, write_text
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("mpruner-dist", "torch", "deepspeed", "ray", "transformers", "safetensors", "datasets")
+CARD_MARKER = "<!-- mpruner-dist -->"
+Facts = dict[str, Any]
+
+
+def write_report(run: Path, config: Config, stages: dict[str, dict[str, Any]]) -> None:
+    """Write `report.html`, `figures/` and the model cards from the artefacts of a run.
+
+    Args:
+        run: the run folder, with everything up to `evaluation.json` in it.
+        config: of the run.
+        stages: as the manifest records them.
+    """
+    facts = _facts(run, config, stages)
+    figures = _draw(facts, config)
+    for name, svg in figures.items():
+        write_text(run / "figures" / f"{name}.svg", svg)
+    templates = Environment(
+        loader=PackageLoader("mpruner_dist.reporting", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    card = templates.get_template("model_card.md")
+    for label in ("pruned", "retrained"):
+        if label in facts["evaluation"] and (run / label).is_dir():
+            _write_card(run / label, lambda **more: card.render(**facts, **more), label)
+    # images rather than inline elements: the ids inside two SVG files may clash
+    images = {name: base64.b64encode(svg.encode()).decode() for name, svg in figures.items()}
+    write_text(run / "report.html", templates.get_template("report.html").render(**facts, images=images))
+
+
+def _facts(run: Path, config: Config, stages: dict[str, dict[str, Any]]) -> Facts:
+    """What both templates may say."""
+    similarity, evaluation, data = (
+        json.loads((run / name).read_text()) for name in ("cka.json", "evaluation.json", "data/data.json")
+    )
+    plan = read_plan(run / "plan.json", len(similarity["layers"]))
+    return {
+        "config": config,
+        "model": Path(config.model.path).absolute().name,
+        "base_model": _hub_id(config.model.path),
+        "similarity": similarity,
+        "evaluation": evaluation,
+        "data": data,
+        "plan": plan,
+        "retrain": json.loads((run / "retrain.json").read_text()) if config.retrain else None,
+        "summary": summary(evaluation),
+        "headings": HEADINGS,
+        "results": list(zip(evaluation_rows(evaluation), evaluation_changes(evaluation), strict=True)),
+        "kept": format_layers(plan.kept).replace(",", ", "),
+        "dropped": format_layers(plan.dropped).replace(",", ", "),
+        "choice": _choice(config.plan),
+        "reasons": _reasons(plan, known_spread=similarity["num_batches"] > 1),
+        "measurement": _measurement(similarity, config.collect, config.data.block_size),
+        "training": _training(config, data),
+        "repeated": _repeated(data),
+        "durations": [(name, duration_text(s["seconds"])) for name, s in stages.items() if s["state"] == "done"],
+        "versions": _versions(),
+        "machine": _machine(),
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }
+
+
+def summary(evaluation: dict[str, Any]) -> str:
+    """The result in one sentence, computed from the content of `evaluation.json`."""
+    original, pruned = evaluation["original"], evaluation["pruned"]
+    share = evaluation_changes(evaluation)[list(evaluation).index("pruned")][HEADINGS.index("parameters")]
+    quality = f"{perplexity_text(original['perplexity'])} → {perplexity_text(pruned['perplexity'])} pruned"
+    if "retrained" in evaluation:
+        quality += f" → {perplexity_text(evaluation['retrained']['perplexity'])} retrained"
+    return (
+        f"{original['layers']} → {pruned['layers']} layers, {parameters_text(original['parameters'])} → "
+        f"{parameters_text(pruned['parameters'])} parameters ({share}), perplexity {quality} on "
+        f"{original['tokens']:,} held-out tokens."
+    )
+
+
+def _draw(facts: Facts, config: Config) -> dict[str, str]:
+    cka_LL, stderr_LL = (np.asarray(facts["similarity"][name], np.float64) for name in ("cka", "stderr"))
+    threshold = config.plan.threshold if config.plan.method == "anchor" else None
+    figures = {
+        "cka": similarity_figure(cka_LL, facts["plan"]),
+        "neighbours": neighbours_figure(cka_LL, stderr_LL, facts["plan"], threshold),
+    }
+    if facts["retrain"]:
+        figures["losses"] = losses_figure(facts["retrain"]["loss"], facts["retrain"]["validation_loss"])
+    return figures
+
+
+def _choice(plan: PlanConfig) -> list[str]:
+    """How the layers were chosen, in sentences."""
+    if plan.method == "file":
+        return [f"The layers were given: the plan is {plan.file}."]
+    if plan.method == "partition":
+        budget = (
+            f"{plan.keep_layers} layers"
+            if plan.keep_layers is not None
+            else f"at most {parameters_text(plan.target_parameters or 0)} parameters"
+        )
+        how = [
+            f"Method partition, with a budget of {budget}: of all divisions of the network into groups of consecutive "
+            "layers, each group standing for its first layer, the one that loses least was taken. The loss is the sum "
+            "over the removed layers of 1 - CKA with the first layer of their group."
+        ]
+    else:
+        which = {1: "all but the first", 2: "layers 1, 3, 5, ...", 3: "layers 1, 4, 7, ..."}[plan.stride]
+        how = [
+            "Method anchor, as published by MPruner (arXiv 2408.13482): a cluster grows while the CKA of the next "
+            f"layer with the first layer of the cluster is at least {plan.threshold:g}. Of the layers 0, 1, 2, ... of "
+            f"each cluster, {which} were removed (stride {plan.stride})."
+        ]
+    if plan.protect_first or plan.protect_last:
+        ends = f"{plan.protect_first} at the start and {plan.protect_last} at the end of the network"
+        how.append(f"Layers never removed, whatever their similarity: {ends}.")
+    return how
+
+
+def _measurement(similarity: dict[str, Any], collect: CollectConfig, block_size: int) -> list[str]:
+    """How the similarity was measured, one line a fact."""
+    outliers = (
+        f"tokens whose norm in any layer exceeds {collect.outlier_norm:g} times the median of that layer are left out"
+        if collect.outlier_norm is not None
+        else "no token is left out as an outlier"
+    )
+    scale = "is divided by its root mean square" if collect.normalize else "is taken as it is"
+    return [
+        f"{similarity['num_batches']} batches of {collect.batch_size} sequences of {block_size} tokens from the "
+        f"calibration part; {similarity['num_samples']:,} tokens compared in all, {collect.samples} drawn from a batch",
+        f"estimator: linear CKA, {similarity.get('estimator', 'not stated')}",
+        f"positions left out at the start of each sequence: {collect.skip_tokens}; {outliers}",
+        f"each activation vector {scale}",
+        "standard error: jackknife over the batches"
+        if similarity["num_batches"] > 1
+        else "standard error: unknown, a single batch has no spread",
+    ]
+
+
+def _training(config: Config, data: dict[str, Any]) -> list[str]:
+    """How the pruned model was retrained, one line a fact; nothing if it was not."""
+    retrain = config.retrain
+    if retrain is None:
+        return []
+    lines = [
+        f"{retrain.steps} steps of {retrain.batch_size} sequences of {'' if config.data.pack else 'at most '}"
+        f"{config.data.block_size} tokens: {retrain.steps * retrain.batch_size:,} sequences from a train part of "
+        f"{data['parts']['train']['blocks']:,}",
+        f"learning rate {retrain.learning_rate:g}, {retrain.warmup_steps} warm-up steps, down to "
+        f"{retrain.min_lr_ratio:g} of it at the end; weight decay {retrain.weight_decay:g}, gradient norm at most "
+        f"{retrain.max_grad_norm:g}; weights in {config.model.dtype}; DeepSpeed ZeRO stage {retrain.zero_stage}",
+    ]
+    if retrain.deepspeed is not None:
+        lines.append(f"settings in {retrain.deepspeed.name} go before these")
+    if retrain.distillation is not None:
+        lines.append(
+            f"distillation from the original model: weight {retrain.distillation.weight:g}, temperature "
+            f"{retrain.distillation.temperature:g}; the training loss holds both terms, the validation loss only "
+            "that of the language model"
+        )
+    return lines
+
+
+def _reasons(plan: Plan, known_spread: bool) -> list[tuple[str, str, str, str]]:
+    """Layer, the layer it resembles, CKA and standard error of every dropped layer; a hand-written plan may say less."""
+    rows = []
+    for layer in plan.dropped:
+        reason = plan.reasons.get(str(layer), "not stated")
+        if isinstance(reason, dict):
+            stderr = _decimal(reason.get("stderr", "")) if known_spread else "unknown"
+            rows.append((str(layer), str(reason.get("like", "")), _decimal(reason.get("cka", "")), stderr))
+        else:
+            rows.append((str(layer), str(reason), "", ""))
+    return rows
+
+
+def _decimal(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _repeated(data: dict[str, Any]) -> list[str]:
+    """A sentence for each two parts that share records."""
+    return [
+        f"{count:,} records of {part} also stand in {other}."
+        for part, content in data["parts"].items()
+        for other, count in content["records_also_in"].items()
+        if count
+    ]
+
+
+def _hub_id(path: str) -> str | None:
+    """The model as the hub names it, unless it is a folder here."""
+    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path, re.ASCII) and not Path(path).expanduser().exists()
+    return path if is_id else None
+
+
+def _versions() -> list[tuple[str, str]]:
+    found = [("Python", platform.python_version())]
+    for package in PACKAGES:
+        try:
+            found.append((package, version(package)))
+        except PackageNotFoundError:  # a source tree that is not installed, say
+            found.append((package, "not installed"))
+    return found
+
+
+def _machine() -> str:
+    names = (platform.system(), platform.machine(), platform.processor())
+    return ", ".join(dict.fromkeys(name for name in names if name))
+
+
+def _write_card(folder: Path, render: Any, label: str) -> None:
+    """Write README.md; one that came with the original model stays as ORIGINAL_README.md."""
+    card, original = folder / "README.md", folder / "ORIGINAL_README.md"
+    if card.exists() and not _is_ours(card):
+        if original.exists() and original.read_bytes() != card.read_bytes():
+            log.warning("%s is not ours, and ORIGINAL_README.md is taken: no model card is written there", card)
+            return
+        write_bytes(original, card.read_bytes())
+    write_text(card, render(label=label, has_original=original.exists(), marker=CARD_MARKER))
+
+
+def _is_ours(card: Path) -> bool:
+    text = card.read_text(errors="replace")
+    if text.startswith("---\n"):
+        text = text.partition("\n---\n")[2]
+    return text.lstrip().startswith(CARD_MARKER)

@@ -1,0 +1,1 @@
+"""The run folder: artefacts, manifests, commit by rename. Knows nothing of pruning."""

@@ -1,0 +1,152 @@
+"""The run folder: one artefact a stage, and a manifest that says which stages are done and from what.
+
+config.yaml     the resolved configuration
+manifest.json   per stage: state, inputs, seconds; replaced whole
+data/ stats/ cka.json plan.json pruned/ retrain/ retrained/ evaluation.json report.html
+logs/           a log file per worker, progress of the stage that runs
+"""
+
+import fcntl
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mpruner_dist.errors import UserError
+from mpruner_dist.runs.commit import disk_errors, write_json, write_text
+
+log = logging.getLogger(__name__)
+
+MANIFEST_VERSION = 1
+Inputs = dict[str, Any]
+
+
+class RunFolder:
+    """A folder that one run owns. `stage` is how artefacts come to be in it."""
+
+    def __init__(self, path: Path, resolved_config: str) -> None:
+        self.path = path.absolute()
+        self.resolved_config = resolved_config
+        self.manifest_path = self.path / "manifest.json"
+        self.stages: dict[str, dict[str, Any]] = read_manifest(self.path)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def is_done(self, name: str) -> bool:
+        """Whether the stage finished."""
+        return self.stages.get(name, {}).get("state") == "done"
+
+    def stage(
+        self,
+        name: str,
+        inputs: Inputs,
+        outputs: tuple[str, ...],
+        make: Callable[[], None],
+        *,
+        command: str,
+        replace: bool = False,
+    ) -> None:
+        """Make a stage's outputs, unless they are there and were made from the same inputs.
+
+        Args:
+            name: of the stage.
+            inputs: everything that the outputs depend on.
+            outputs: what must be there when it is done, relative to the folder.
+            make: makes them.
+            command: the `mpruner` command that may make them from other inputs.
+            replace: this is that command.
+
+        Raises:
+            UserError: the outputs are there, or were begun, from other inputs, and may not be replaced.
+        """
+        changes = self.changes(name, inputs)
+        if changes and not replace:
+            listed = "\n".join(f"  {line}" for line in changes)
+            raise UserError(
+                f"{self.path} was made by another configuration; for the stage {name} these differ:\n{listed}\n"
+                f"Give a new --run-dir, or make it anew here with the same options: mpruner {command} CONFIG"
+            )
+        known = self.stages.get(name, {})
+        if not changes and self.is_done(name) and all((self.path / output).exists() for output in outputs):
+            log.info("%-9s done before (%.1f s)", name, known["seconds"])
+            return
+        begun = time.monotonic()
+        write_text(self / "config.yaml", self.resolved_config)
+        self._record(name, {"state": "running", "inputs": inputs, "since": time.time()})
+        log.info("%-9s begins", name)
+        make()
+        seconds = time.monotonic() - begun
+        self._record(name, {"state": "done", "inputs": inputs, "seconds": seconds, "outputs": list(outputs)})
+        log.info("%-9s done in %.1f s", name, seconds)
+
+    def changes(self, name: str, inputs: Inputs) -> list[str]:
+        """What differs between the inputs that a stage was made or begun from and these; empty for a new stage."""
+        if name not in self.stages:
+            return []
+        return _differences(self.stages[name]["inputs"], json.loads(json.dumps(inputs)))
+
+    def forget(self, names: Sequence[str]) -> None:
+        """Mark stages as not done. Their artefacts stay until new ones replace them."""
+        self.stages = {name: stage for name, stage in self.stages.items() if name not in names}
+        self._write()
+
+    def _record(self, name: str, stage: dict[str, Any]) -> None:
+        self.stages[name] = stage
+        self._write()
+
+    def _write(self) -> None:
+        write_json(self.manifest_path, {"version": MANIFEST_VERSION, "stages": self.stages})
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{where}.{key}".strip("."))]
+    return [] if old == new else [f"{where}: was {old!r}, is {new!r}"]
+
+
+def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """The stages that a run folder's manifest records; none where there is no manifest.
+
+    Raises:
+        UserError: the manifest is unreadable or of a newer version.
+    """
+    manifest_path = path / "manifest.json"
+    if not manifest_path.exists():
+        return {}
+    try:
+        content = json.loads(manifest_path.read_text())
+        version, stages = content["version"], content["stages"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{manifest_path} is not a run's manifest ({error}): give another --run-dir") from error
+    if version > MANIFEST_VERSION:
+        raise UserError(
+            f"{manifest_path} has version {version}, this program reads up to {MANIFEST_VERSION}: upgrade it"
+        )
+    return dict(stages)
+
+
+@contextmanager
+def open_run(path: Path, resolved_config: str) -> Iterator[RunFolder]:
+    """Own a run folder while the block runs; made if need be.
+
+    Raises:
+        UserError: another process owns it, or the folder is something else's.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"the run folder {path} is a file: give another --run-dir")
+    if path.is_dir() and any(path.iterdir()) and not (path / ".lock").exists():
+        raise UserError(f"the run folder {path} is not empty and no run's: give another --run-dir")
+    with disk_errors(path):
+        (path / "logs").mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another mpruner works in {path}: wait for it or give another --run-dir") from error
+        yield RunFolder(path, resolved_config)

@@ -1,0 +1,1 @@
+"""How alike the layers are: HSIC sums over batches, CKA, and the worker job that collects them."""

@@ -1,0 +1,144 @@
+"""Small real models and texts, made on the spot; and command lines that never outlive their test."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).parent.parent
+SMOL = ROOT / "build" / "demo" / "SmolLM2-135M-Instruct"
+WORDS = [f"w{number}" for number in range(120)]
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_hidden_layers": 8, "vocab_size": 128, "max_position_embeddings": 128,
+}  # fmt: skip
+
+
+def make_model(kind: str, folder: Path, *, seed: int = 0, spread: float = 0.3, **changes: Any) -> torch.nn.Module:
+    """A random model whose layers differ visibly, saved with a tokenizer."""
+    sizes = SIZES | changes
+    if kind == "gpt2":  # it has names of its own
+        sizes = {
+            "n_embd": 32,
+            "n_head": 4,
+            "n_layer": sizes["num_hidden_layers"],
+            "vocab_size": 128,
+            "n_positions": 128,
+        }
+    torch.manual_seed(seed)
+    config = transformers.AutoConfig.for_model(kind, bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, spread)
+    model.eval().save_pretrained(folder)
+    return model
+
+
+def make_tokenizer(folder: Path) -> None:
+    """A tokenizer of whole words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+def make_text(path: Path, records: int = 300, seed: int = 0) -> None:
+    """Records of random words of uneven length."""
+    draw = random.Random(seed)
+    lines = [json.dumps({"text": " ".join(draw.choices(WORDS, k=draw.randint(5, 60)))}) for _ in range(records)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a sharded llama of 8 layers (`model`), and `text.jsonl`."""
+    folder = tmp_path_factory.mktemp("tiny")
+    model = make_model("llama", folder / "model")
+    model.save_pretrained(folder / "model", max_shard_size="60KB")
+    (folder / "model" / "model.safetensors").unlink()
+    make_tokenizer(folder / "model")
+    make_text(folder / "text.jsonl")
+    return folder
+
+
+@pytest.fixture
+def settings(tiny: Path) -> dict[str, Any]:
+    """A configuration that prunes and retrains the tiny model, as a plain dict that a test may change."""
+    text = str(tiny / "text.jsonl")
+    return {
+        "model": {"path": str(tiny / "model")},
+        "data": {
+            "block_size": 32,
+            "calibration": {"path": text, "take": [0.0, 0.4]},
+            "train": {"path": text, "take": [0.4, 0.7]},
+            "validation": {"path": text, "take": [0.7, 0.8]},
+            "test": {"path": text, "take": [0.8, 1.0]},
+        },
+        "collect": {"batch_size": 2, "num_batches": 7, "samples": 32, "save_every": 2},
+        "plan": {"method": "partition", "keep_layers": 6},
+        "retrain": {
+            "steps": 6, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 1,
+            "save_every": 2, "eval_every": 3,
+        },
+        "evaluate": {"batch_size": 3, "max_blocks": 10},
+        "cluster": {"workers": 1, "device": "cpu", "cpus_per_worker": 1},
+    }  # fmt: skip
+
+
+def write_config(path: Path, settings: dict[str, Any]) -> Path:
+    """Write a configuration file."""
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+Mpruner = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start() -> Iterator[Mpruner]:
+    """Start `mpruner` commands; whatever still runs when the test ends is ended, with all that it started."""
+    running: list[subprocess.Popen[str]] = []
+
+    def begin(*arguments: object, **options: Any) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "mpruner_dist", *map(str, arguments)]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, **options
+        )
+        running.append(process)
+        return process
+
+    yield begin
+    for process in running:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.fixture
+def mpruner(start: Mpruner) -> Callable[..., tuple[int, str]]:
+    """Run an `mpruner` command to its end: exit code and everything it printed."""
+
+    def run(*arguments: object, **options: Any) -> tuple[int, str]:
+        process = start(*arguments, **options)
+        output, _ = process.communicate(timeout=400)
+        return process.returncode, output
+
+    return run

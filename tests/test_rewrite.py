@@ -1,0 +1,237 @@
+"""Rewriting of real small models of several families, and what it refuses."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import make_model
+from safetensors.torch import load_file, save_file
+
+from mpruner_dist.checkpoints.folder import read_checkpoint
+from mpruner_dist.errors import StageFailure, UserError
+from mpruner_dist.models.blocks import find_blocks, num_layers, skipped
+from mpruner_dist.rewriting.proof import verify_checkpoint
+from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
+
+IDS = torch.randint(3, 128, (2, 20), generator=torch.Generator().manual_seed(5))
+WINDOWED = ["sliding_attention", "full_attention"] * 4
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "layer_types": WINDOWED},
+    "qwen3": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 4, "layer_types": WINDOWED},
+    "gpt2": {},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "phi3": {},
+    "olmo2": {},
+}
+KEPT = {
+    "first third": [3, 4, 5, 6, 7],
+    "scattered": [0, 2, 3, 7],
+    "last": [0, 1, 2, 3, 4, 5, 6],
+    "alternate": [1, 3, 5, 7],
+}
+
+
+def logits(folder: Path, skip: list[int]) -> torch.Tensor:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    _, blocks = find_blocks(model, num_layers(model.config))
+    with torch.no_grad(), skipped(blocks, skip):
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("where", KEPT)
+def test_a_rewritten_model_computes_what_the_original_does_without_the_layers(
+    kind: str, where: str, tmp_path: Path
+) -> None:
+    make_model(kind, tmp_path / "model", **FAMILIES[kind])
+    kept = KEPT[where]
+    rewrite_checkpoint(tmp_path / "model", tmp_path / "small", kept)
+    skip = [layer for layer in range(8) if layer not in kept]
+    expected, got = logits(tmp_path / "model", skip), logits(tmp_path / "small", [])
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(got, logits(tmp_path / "model", []), atol=1e-2)  # the layers did something
+    small = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
+    with_cache = small.generate(IDS[:1], max_new_tokens=6, do_sample=False, use_cache=True)
+    assert torch.equal(with_cache, small.generate(IDS[:1], max_new_tokens=6, do_sample=False, use_cache=False))
+
+
+def test_skipping_is_the_same_as_deleting(tmp_path: Path) -> None:
+    """The reference of all these tests, held against a plain deletion in memory."""
+    model = make_model("llama", tmp_path / "model")
+    _, blocks = find_blocks(model, 8)
+    with torch.no_grad(), skipped(blocks, [2, 5]):
+        expected = model(input_ids=IDS, use_cache=False).logits
+    del model.model.layers[5], model.model.layers[2]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS, use_cache=False).logits, expected)
+
+
+def test_a_sharded_checkpoint_keeps_its_bytes_and_companions(tiny: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny / "model", source)
+    (source / "modeling_own.py").write_text("# remote code\n")
+    (source / "old.bin").write_bytes(b"weights")
+    rewrite_checkpoint(source, tmp_path / "small", [0, 3, 7])
+    old, new = read_checkpoint(source), read_checkpoint(tmp_path / "small")
+    assert len(old.shards) > 3
+    assert len(new.shards) > 1
+    tensors = {name: tensor for shard in new.shards for name, tensor in load_file(tmp_path / "small" / shard).items()}
+    before = {name: tensor for shard in old.shards for name, tensor in load_file(source / shard).items()}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        if parts[1] == "layers":
+            parts[2] = str([0, 3, 7][int(parts[2])])
+        assert torch.equal(tensor, before[".".join(parts)])
+    index = json.loads((tmp_path / "small" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in tensors.values())
+    assert index["weight_map"].keys() == tensors.keys()
+    layer_map = json.loads((tmp_path / "small" / "layer_map.json").read_text())
+    assert layer_map == {"old_to_new": {"0": 0, "3": 1, "7": 2}, "new_to_old": [0, 3, 7]}
+    for companion in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "modeling_own.py"):
+        assert (tmp_path / "small" / companion).read_bytes() == (source / companion).read_bytes()
+    assert not (tmp_path / "small" / "old.bin").exists()
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["num_hidden_layers"] == 3
+
+
+def test_keeping_everything_changes_no_byte_of_the_tensors(tiny: Path, tmp_path: Path) -> None:
+    rewrite_checkpoint(tiny / "model", tmp_path / "same", list(range(8)))
+    for shard in read_checkpoint(tiny / "model").shards:
+        assert (tmp_path / "same" / shard).read_bytes()[-4096:] == (tiny / "model" / shard).read_bytes()[-4096:]
+        assert load_file(tmp_path / "same" / shard).keys() == load_file(tiny / "model" / shard).keys()
+
+
+def test_an_old_config_without_layer_types_keeps_its_pattern(tmp_path: Path) -> None:
+    """The class computes the list from the depth: from the new depth it would come out wrong."""
+    make_model("gemma2", tmp_path / "model", head_dim=8, sliding_window=4, layer_types=WINDOWED)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    del config["layer_types"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    rewrite_checkpoint(tmp_path / "model", tmp_path / "small", [0, 2, 3, 7])
+    kept = transformers.AutoConfig.from_pretrained(tmp_path / "model").layer_types
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "small").layer_types == [kept[i] for i in (0, 2, 3, 7)]
+
+
+def test_a_family_that_needs_more_than_renaming_is_refused(tmp_path: Path) -> None:
+    """GPT-2 that divides attention by the index of its layer: renumbered, it computes something else."""
+    make_model("gpt2", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["scale_attn_by_inverse_layer_idx"] = True
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StageFailure, match="does not compute what"):
+        rewrite_checkpoint(tmp_path / "model", tmp_path / "small", [0, 4, 5, 6, 7])
+    assert not (tmp_path / "small").exists()
+
+
+def test_an_interrupted_rewrite_goes_on_and_trusts_no_half_shard(tiny: Path, tmp_path: Path) -> None:
+    """Stopped after two shards, a third half-written."""
+
+    def stop_early(function: Any, items: list[Any]) -> list[Any]:
+        for item in items[:2]:
+            function(item)
+        items[2].target.with_suffix(".tmp").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rewrite_checkpoint(tiny / "model", tmp_path / "small", [0, 1, 7], run_tasks=stop_early)
+    assert not (tmp_path / "small").exists()
+    partial = next(tmp_path.glob(".small.partial-*"))
+    first = sorted(partial.glob("*.safetensors"))[0]
+    before = first.stat().st_mtime_ns
+    rewrite_checkpoint(tiny / "model", tmp_path / "small", [0, 1, 7])
+    assert (tmp_path / "small" / first.name).stat().st_mtime_ns == before
+    assert not list(tmp_path.glob(".small.partial-*"))
+    verify_checkpoint(tmp_path / "small")
+
+
+def test_an_earlier_rewrite_is_replaced(tiny: Path, tmp_path: Path) -> None:
+    rewrite_checkpoint(tiny / "model", tmp_path / "small", [0, 1, 7])
+    rewrite_checkpoint(tiny / "model", tmp_path / "small", [0, 7])
+    assert json.loads((tmp_path / "small" / "layer_map.json").read_text())["new_to_old"] == [0, 7]
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [([], "keeps? is empty|kept is empty"), ([0, 9], "layer 9"), ([3, 1], "ascending"), ([1, 1], "once")],
+)
+def test_impossible_plans_are_refused(tiny: Path, tmp_path: Path, kept: list[int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        rewrite_checkpoint(tiny / "model", tmp_path / "small", kept)
+    assert not (tmp_path / "small").exists()
+
+
+def test_targets_that_would_do_harm_are_refused(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="no rewritten checkpoint"):
+        rewrite_checkpoint(tiny / "model", tmp_path / "mine", [0, 7])
+    for inside in (tiny / "model", tiny / "model" / "small"):
+        with pytest.raises(UserError, match="lies in, the source"):
+            rewrite_checkpoint(tiny / "model", inside, [0, 7])
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_checkpoint_of_another_depth_than_its_config_is_refused(tmp_path: Path) -> None:
+    make_model("llama", tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if ".layers.4." not in name},
+        tmp_path / "model" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(UserError, match=r"asks for 8 layers.*\[4\]"):
+        rewrite_checkpoint(tmp_path / "model", tmp_path / "small", [0, 7])
+
+
+def test_verify_finds_what_is_missing_and_what_is_too_much(tmp_path: Path) -> None:
+    make_model("llama", tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.layers.3.extra"] = torch.zeros(2)
+    tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(3, 3)
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.norm\.weight.*layers\.3\.extra.*up_proj\.weight is \[3, 3\]"):
+        verify_checkpoint(tmp_path / "model")
+
+
+def can_unshare() -> bool:
+    found = shutil.which("unshare") is not None
+    return found and subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
+
+
+@pytest.mark.unshare
+@pytest.mark.skipif(not can_unshare(), reason="no mount namespaces here (unshare -rm)")
+@pytest.mark.parametrize("checked", [True, False], ids=["seen before the first byte", "met in the middle"])
+def test_a_full_disk_leaves_nothing_half_written(tiny: Path, tmp_path: Path, checked: bool) -> None:
+    """A file system of 128 kB, and a rewrite that needs more; once with the check of the space made blind."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    script = tmp_path / "rewrite.py"
+    blind = "" if checked else "import mpruner_dist.rewriting.rewrite as r; r.require_space = lambda *_: None\n"
+    script.write_text(
+        f"{blind}import sys\nfrom pathlib import Path\nfrom mpruner_dist.errors import StageFailure\n"
+        "from mpruner_dist.rewriting.rewrite import rewrite_checkpoint\n"
+        f"try:\n    rewrite_checkpoint(Path({str(tiny / 'model')!r}), Path({str(disk / 'small')!r}), list(range(7)))\n"
+        "except StageFailure as error:\n    print(error)\n"
+        f"print('target', Path({str(disk / 'small')!r}).exists())\n"
+        f"print('tmp', list(Path({str(disk)!r}).rglob('*.tmp')))\n"
+    )
+    command = 'mount -t tmpfs -o size=128k none "$1" && exec "$2" "$3"'
+    done = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", command, "-", disk, sys.executable, script],
+        capture_output=True, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"},
+    )  # fmt: skip
+    expected = "nothing was written" if checked else "no space left while writing"
+    assert expected in done.stdout, done.stdout + done.stderr
+    assert "target False" in done.stdout
+    assert "tmp []" in done.stdout

@@ -1,0 +1,150 @@
+"""Rules of the code base, read from its source."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "mpruner_dist"
+
+# The higher may import the lower. Within a level, only a part itself.
+LEVELS = [
+    {"errors", "logs"},
+    {"config", "plan"},
+    {"config_file"},
+    {"runs"},
+    {"cluster", "checkpoints", "data"},
+    {"models"},
+    {"similarity", "planning", "rewriting", "retraining", "evaluation", "reporting"},
+    {"dry_run", "pipeline"},
+    {"cli"},
+    {"__main__", "__init__"},
+]
+LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
+
+OWNERS = {
+    "ray": {"cluster"},
+    "deepspeed": {"cluster"},
+    "torch.distributed": {"cluster"},
+    "safetensors": {"checkpoints", "data", "similarity"},
+    "datasets": {"data"},
+    "transformers": {"models", "data"},
+    "huggingface_hub": {"checkpoints"},
+    "pydantic": {"config", "config_file", "plan"},
+    "yaml": {"config", "config_file"},
+    "typer": {"cli"},
+    "matplotlib": {"reporting"},
+    "jinja2": {"reporting"},
+}
+NO_TORCH = {"errors", "logs", "config", "config_file", "plan", "runs", "checkpoints.folder", "checkpoints.header", "planning",
+            "similarity.sums", "similarity.stage", "reporting", "pipeline", "cli"}  # fmt: skip
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def imports(source: str) -> list[str]:
+    found: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [f"{node.module}.{alias.name}" if node.level == 0 else "relative" for alias in node.names]
+    return found
+
+
+def violations(module: str, source: str) -> list[str]:
+    part = module.split(".")[0]
+    found = []
+    for name in imports(source):
+        if name == "relative":
+            found.append(f"{module}: relative import")
+        elif name.startswith("mpruner_dist."):
+            other = name.split(".")[1]
+            if other in LEVEL_OF and other != part and LEVEL_OF[other] >= LEVEL_OF[part]:
+                found.append(f"{module} imports {name}, which is not below it")
+        for package, owners in OWNERS.items():
+            if (name == package or name.startswith(f"{package}.")) and part not in owners:
+                found.append(f"{module} imports {package}; only {sorted(owners)} may")
+        if name.split(".")[0] == "torch" and (part in NO_TORCH or module in NO_TORCH):
+            found.append(f"{module} imports torch")
+    return found
+
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_every_part_has_its_level() -> None:
+    assert {part_of(path) for path in MODULES} == set(LEVEL_OF)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_of)
+def test_imports_point_down_and_packages_have_owners(path: Path) -> None:
+    assert violations(module_of(path), path.read_text()) == []
+
+
+def test_the_rule_can_fail() -> None:
+    assert violations("planning.planner", "from mpruner_dist.rewriting import rewrite") != []
+    assert violations("similarity.hsic", "import ray") != []
+    assert violations("runs.folder", "from mpruner_dist.cluster.worker import Worker") != []
+    assert violations("planning.planner", "import torch") != []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_of)
+def test_files_and_functions_stay_small(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 300
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 60, node.name
+
+
+def loaded_after(statement: str) -> set[str]:
+    code = f"{statement}; import sys; print(*sys.modules)"
+    return set(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split())
+
+
+def test_the_command_line_imports_nothing_heavy() -> None:
+    heavy = {"torch", "ray", "transformers", "deepspeed", "datasets"}
+    assert heavy & loaded_after("import torch") == {"torch"}  # the check can fail
+    assert not heavy & loaded_after("import mpruner_dist.cli")
+    assert not heavy & loaded_after("import mpruner_dist.pipeline")
+    assert not heavy & loaded_after("import mpruner_dist.planning.planner, mpruner_dist.similarity.sums")
+
+
+def test_public_names() -> None:
+    import mpruner_dist
+
+    for name in mpruner_dist.__all__:
+        assert callable(getattr(mpruner_dist, name))
+    with pytest.raises(AttributeError, match="no attribute"):
+        mpruner_dist.nothing  # noqa: B018
+
+
+def test_commands_are_the_documented_ones() -> None:
+    from mpruner_dist.cli import app
+
+    names = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    assert names == {"run", "collect", "plan", "retrain", "evaluate", "report", "rewrite", "verify", "status"}
+
+
+def test_nothing_names_a_registry_or_a_home() -> None:
+    for path in [*MODULES, *ROOT.glob("launch/*"), *ROOT.glob("configs/**/*.*"), ROOT / "README.md"]:
+        text = path.read_text()
+        for word in ("pypi" + ".org", "/ro" + "ot/", "registry" + ".npmjs"):
+            assert word not in text, path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_configuration_is_valid(path: Path) -> None:
+    from mpruner_dist.config_file import load_config
+
+    assert yaml.safe_load(load_config(path, []).to_yaml())["model"]["path"]
