@@ -43,5 +43,9 @@ set_up() {
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
         --constraint launch/constraints.txt --editable ".[$extra]" ||
         fail "pip could not install mpruner-dist[$extra]; its message is above"
+    say "compiling DeepSpeed's collective for CPUs (a minute, once a machine)"
+    DS_ACCELERATOR=cpu .venv/bin/python -c \
+        'from mpruner_dist.cluster.engine import compile_collective; compile_collective()' >/dev/null ||
+        fail "DeepSpeed could not compile its collective; the compiler's message is above"
     printf '%s\n' "$digest" >".venv/.installed-$extra"
 }

@@ -1,6 +1,8 @@
 """What a run would do: everything is checked, nothing is made, no worker starts."""
 
 import math
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from mpruner_dist.cluster.settings import Settings, inference_settings, read_dee
 from mpruner_dist.config import Config
 from mpruner_dist.data.blocks import Blocks
 from mpruner_dist.data.prepare import load_tokenizer, make_part
+from mpruner_dist.logs import show_progress
 from mpruner_dist.models.blocks import num_layers
 from mpruner_dist.models.loading import quiet_transformers, read_config
 from mpruner_dist.models.naming import block_prefix
@@ -38,7 +41,13 @@ def describe(config: Config) -> Rows:
     prefix = block_prefix(checkpoint, model_config, config.model.trust_remote_code)
     sizes = layer_parameters(checkpoint, prefix, depth)
     tokenizer = load_tokenizer(source, config.model.trust_remote_code)
-    parts = {part: make_part(config, part, text, tokenizer)[0] for part, text in config.data.parts().items()}
+    with TemporaryDirectory() as folder:
+        progress = Path(folder) / "progress.json"
+        with show_progress(progress):
+            parts = {
+                part: make_part(config, part, text, tokenizer, progress)[0]
+                for part, text in config.data.parts().items()
+            }
     inference = inference_settings(
         read_deepspeed_config(config.cluster.deepspeed), config.cluster.zero_stage, config.model.dtype
     )

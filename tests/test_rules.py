@@ -20,6 +20,7 @@ LEVELS = [
     {"cluster", "checkpoints", "data"},
     {"models"},
     {"similarity", "planning", "rewriting", "retraining", "evaluation", "reporting"},
+    {"road"},
     {"dry_run", "pipeline"},
     {"cli"},
     {"__main__", "__init__"},
@@ -40,8 +41,8 @@ OWNERS = {
     "matplotlib": {"reporting"},
     "jinja2": {"reporting"},
 }
-NO_TORCH = {"errors", "logs", "config", "config_file", "plan", "runs", "checkpoints.folder", "checkpoints.header", "planning",
-            "similarity.sums", "similarity.stage", "reporting", "pipeline", "cli"}  # fmt: skip
+NO_TORCH = {"errors", "logs", "config", "config_file", "plan", "runs", "checkpoints.folder", "checkpoints.header",
+            "planning", "similarity.sums", "similarity.stage", "reporting", "road", "pipeline", "cli"}  # fmt: skip
 
 
 def part_of(path: Path) -> str:

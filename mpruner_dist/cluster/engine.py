@@ -15,6 +15,13 @@ def start_deepspeed(device: torch.device) -> None:
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
 
 
+def compile_collective() -> None:
+    """Compile DeepSpeed's shared-memory collective for CPUs now, once a machine, and not in the first run."""
+    builder = deepspeed.accelerator.get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is not None:
+        builder.load()
+
+
 def make_engine(model: torch.nn.Module, settings: Settings, parameters: Any = None) -> Any:
     """A DeepSpeed engine; without an optimizer in the settings it only runs forward."""
     engine, *_ = deepspeed.initialize(model=model, config=settings, model_parameters=parameters)

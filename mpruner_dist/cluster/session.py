@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shlex
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -11,13 +12,13 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import ray
-from ray.train import RunConfig, ScalingConfig, WorkerGroupError
+from ray.train import RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from mpruner_dist.cluster.worker import Job, Worker, failure_note
 from mpruner_dist.config import ClusterConfig
 from mpruner_dist.errors import MPrunerError, StageFailure
-from mpruner_dist.logs import show_progress
+from mpruner_dist.logs import ProgressWriter, show_progress
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +54,13 @@ class RaySession:
         try:
             if address:
                 log.info("joining the Ray cluster at %s", address)
+                _require_listener(address)
                 ray.init(address=address, runtime_env=runtime_env, **quiet)
             else:
                 log.info("starting Ray on this machine")
                 cpus = max(cpus_here(), self.config.workers * (self.config.cpus_per_worker or 1))
                 ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=runtime_env, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             where = f"the cluster at {address}" if address else "this machine"
             raise StageFailure(f"Ray does not start on {where}: {error}") from error
 
@@ -91,18 +93,30 @@ class RaySession:
                 with show_progress(logs / "progress.json"):
                     trainer.fit()
                 return
-            except WorkerGroupError as error:
+            except TrainingFailedError as error:
                 lost = self._explain(error, stage, logs)
                 if attempt == self.config.max_restarts:
                     raise StageFailure(f"{lost}; gave up after {attempt} restart(s)") from error
                 log.warning("%s; starting the workers again (%d of %d)", lost, attempt + 1, self.config.max_restarts)
+                # A worker that dies while the group starts leaves its resources reserved; leaving Ray frees them.
+                ray.shutdown()
+                self.connect()
 
-    def run_tasks(self, function: Callable[[Item], Result], items: list[Item]) -> list[Result]:
-        """`[function(item) for item in items]`, each call a Ray task."""
+    def run_tasks(self, function: Callable[[Item], Result], items: list[Item], progress: Path) -> list[Result]:
+        """`[function(item) for item in items]`, each call a Ray task; tells its progress to a file."""
         self.connect()
         remote = ray.remote(num_cpus=1)(function)
+        label = function.__name__.replace("_", " ")
         try:
-            return list(ray.get([remote.remote(item) for item in items]))
+            with show_progress(progress):
+                writer = ProgressWriter(progress, label, "done", len(items))
+                references = [remote.remote(item) for item in items]
+                waiting = references
+                while waiting:
+                    done, waiting = ray.wait(waiting)
+                    ray.get(done)  # raises what the task raised
+                    writer.tell(len(items) - len(waiting))
+                return list(ray.get(references))
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
             if isinstance(cause, MPrunerError):
@@ -124,8 +138,10 @@ class RaySession:
                     f"{have.get(name, 0):g}: lower cluster.workers or cluster.cpus_per_worker, or add nodes"
                 )
 
-    def _explain(self, error: WorkerGroupError, stage: str, logs: Path) -> str:
+    def _explain(self, error: TrainingFailedError, stage: str, logs: Path) -> str:
         """Say which worker was killed; raise what a worker raised itself, for that would only happen again."""
+        if not isinstance(error, WorkerGroupError):
+            return f"{stage}: a worker was killed while the workers started ({_first_line(error)})"
         failures: dict[int, Exception] = error.worker_failures
         notes = {rank: failure_note(logs, stage, rank) for rank in failures}
         killed = [rank for rank, note in sorted(notes.items()) if not note.exists()]
@@ -144,6 +160,13 @@ class RaySession:
         ) from error
 
 
+def _require_listener(address: str) -> None:
+    """Fail within seconds where nothing listens; Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
 def cpus_here() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0))
@@ -157,6 +180,8 @@ def _run_job(settings: dict[str, Any]) -> None:
     """The function that Ray Train runs on every worker."""
     if settings["device"] == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # before deepspeed is imported: it looks for devices at import
+    # DeepSpeed calls `ninja`, which lies beside this interpreter; a worker's PATH may not name that folder
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     import torch
 
     torch.set_num_threads(settings["cpus"])

@@ -13,23 +13,27 @@ from mpruner_dist.data.blocks import Blocks, make_blocks, save_blocks
 from mpruner_dist.data.needed import blocks_needed
 from mpruner_dist.data.sources import open_source
 from mpruner_dist.errors import UserError
+from mpruner_dist.logs import ProgressWriter
 from mpruner_dist.runs.commit import write_json
 from mpruner_dist.runs.digest import file_digest
 
 log = logging.getLogger(__name__)
 
 
-def make_part(config: Config, part: str, source: SourceConfig, tokenizer: Any) -> tuple[Blocks, set[bytes]]:
-    """Blocks of one part, and the digests of the records they come from.
+def make_part(
+    config: Config, part: str, source: SourceConfig, tokenizer: Any, progress: Path
+) -> tuple[Blocks, set[bytes]]:
+    """Blocks of one part, and the digests of the records they come from; tells its progress to a file.
 
     Raises:
         UserError: less text than one block, or than calibration needs.
     """
     seen: set[bytes] = set()
-    records, separator = open_source(source)
+    records, number, separator = open_source(source)
+    writer = ProgressWriter(progress, f"data {part}", "records", number)
     limit = blocks_needed(config)[part]
     blocks = make_blocks(
-        _remembered(records, seen), tokenizer, config.data.block_size, config.data.pack, separator, limit
+        _remembered(records, seen, writer), tokenizer, config.data.block_size, config.data.pack, separator, limit
     )
     least = limit if part == "calibration" and limit is not None else 1
     if len(blocks) < least:
@@ -41,7 +45,7 @@ def make_part(config: Config, part: str, source: SourceConfig, tokenizer: Any) -
     return blocks, seen
 
 
-def prepare_data(config: Config, model_folder: Path, target: Path) -> None:
+def prepare_data(config: Config, model_folder: Path, target: Path, progress: Path) -> None:
     """Write `PART.safetensors` for every part, and `data.json` with counts and digests.
 
     Raises:
@@ -51,7 +55,7 @@ def prepare_data(config: Config, model_folder: Path, target: Path) -> None:
     summary: dict[str, Any] = {"block_size": config.data.block_size, "packed": config.data.pack, "parts": {}}
     records: dict[str, set[bytes]] = {}
     for part, source in config.data.parts().items():
-        blocks, records[part] = make_part(config, part, source, tokenizer)
+        blocks, records[part] = make_part(config, part, source, tokenizer, progress)
         path = target / f"{part}.safetensors"
         save_blocks(path, blocks)
         tokens = int(blocks.lengths.sum())
@@ -78,7 +82,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         raise UserError(f"{folder} holds no tokenizer that transformers can load: {error}") from error
 
 
-def _remembered(records: Iterable[str], seen: set[bytes]) -> Iterator[str]:
-    for text in records:
+def _remembered(records: Iterable[str], seen: set[bytes], writer: ProgressWriter) -> Iterator[str]:
+    for number, text in enumerate(records, 1):
+        writer.tell(number)
         seen.add(hashlib.sha256(text.strip().encode()).digest()[:16])
         yield text

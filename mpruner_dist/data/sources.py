@@ -13,8 +13,8 @@ from mpruner_dist.errors import UserError
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
-def open_source(source: SourceConfig) -> tuple[Iterator[str], str | None]:
-    """The records that a source takes, and the text between two of them.
+def open_source(source: SourceConfig) -> tuple[Iterator[str], int, str | None]:
+    """The records that a source takes, how many they are, and the text between two of them.
 
     A text file is one running text, whose paragraphs are its records: between them goes a blank line. Records of any
     other format are texts of their own: None, so that the tokenizer's end-of-text token goes between them.
@@ -32,7 +32,7 @@ def open_source(source: SourceConfig) -> tuple[Iterator[str], str | None]:
             + ", ".join(table.column_names)
         )
     first, last = (round(len(table) * share) for share in source.take)
-    return _texts(table, source.text_field, first, last), separator
+    return _texts(table, source.text_field, first, last), last - first, separator
 
 
 def _texts(table: Any, field: str, first: int, last: int) -> Iterator[str]:

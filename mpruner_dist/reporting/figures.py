@@ -66,7 +66,9 @@ def neighbours_figure(cka_LL: Floats, stderr_LL: Floats, plan: Plan, threshold: 
     if threshold is not None:
         level = max(1 - threshold, SMALLEST_DISTANCE)
         axes.axhline(level, color=GREY, linestyle="--", linewidth=1)
-        axes.text(1.01, level, f"threshold\n{threshold:g}", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+        axes.text(
+            1.01, level, f"threshold\n{threshold:g}", transform=axes.get_yaxis_transform(), va="center", fontsize=8
+        )
         reach.append(level)
     axes.set_yscale("log")
     axes.set_ylim(max(reach) * 1.25, min(reach) / 1.25)

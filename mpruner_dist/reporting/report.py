@@ -67,6 +67,8 @@ def _facts(run: Path, config: Config, stages: dict[str, dict[str, Any]]) -> Fact
         json.loads((run / name).read_text()) for name in ("cka.json", "evaluation.json", "data/data.json")
     )
     plan = read_plan(run / "plan.json", len(similarity["layers"]))
+    repeated = _repeated(data)
+    text = "test" if repeated else "held-out"
     return {
         "config": config,
         "model": Path(config.model.path).absolute().name,
@@ -76,7 +78,8 @@ def _facts(run: Path, config: Config, stages: dict[str, dict[str, Any]]) -> Fact
         "data": data,
         "plan": plan,
         "retrain": json.loads((run / "retrain.json").read_text()) if config.retrain else None,
-        "summary": summary(evaluation),
+        "summary": summary(evaluation, text),
+        "text": text,
         "headings": HEADINGS,
         "results": list(zip(evaluation_rows(evaluation), evaluation_changes(evaluation), strict=True)),
         "kept": format_layers(plan.kept).replace(",", ", "),
@@ -85,7 +88,7 @@ def _facts(run: Path, config: Config, stages: dict[str, dict[str, Any]]) -> Fact
         "reasons": _reasons(plan, known_spread=similarity["num_batches"] > 1),
         "measurement": _measurement(similarity, config.collect, config.data.block_size),
         "training": _training(config, data),
-        "repeated": _repeated(data),
+        "repeated": repeated,
         "durations": [(name, duration_text(s["seconds"])) for name, s in stages.items() if s["state"] == "done"],
         "versions": _versions(),
         "machine": _machine(),
@@ -93,8 +96,8 @@ def _facts(run: Path, config: Config, stages: dict[str, dict[str, Any]]) -> Fact
     }
 
 
-def summary(evaluation: dict[str, Any]) -> str:
-    """The result in one sentence, computed from the content of `evaluation.json`."""
+def summary(evaluation: dict[str, Any], text: str) -> str:
+    """The result in one sentence, from the content of `evaluation.json` and what to call the text of the test."""
     original, pruned = evaluation["original"], evaluation["pruned"]
     share = evaluation_changes(evaluation)[list(evaluation).index("pruned")][HEADINGS.index("parameters")]
     quality = f"{perplexity_text(original['perplexity'])} → {perplexity_text(pruned['perplexity'])} pruned"
@@ -103,7 +106,7 @@ def summary(evaluation: dict[str, Any]) -> str:
     return (
         f"{original['layers']} → {pruned['layers']} layers, {parameters_text(original['parameters'])} → "
         f"{parameters_text(pruned['parameters'])} parameters ({share}), perplexity {quality} on "
-        f"{original['tokens']:,} held-out tokens."
+        f"{original['tokens']:,} {text} tokens."
     )
 
 
@@ -192,7 +195,7 @@ def _training(config: Config, data: dict[str, Any]) -> list[str]:
 
 
 def _reasons(plan: Plan, known_spread: bool) -> list[tuple[str, str, str, str]]:
-    """Layer, the layer it resembles, CKA and standard error of every dropped layer; a hand-written plan may say less."""
+    """Layer, the layer it resembles, CKA and standard error of each dropped layer; a plan by hand may say less."""
     rows = []
     for layer in plan.dropped:
         reason = plan.reasons.get(str(layer), "not stated")

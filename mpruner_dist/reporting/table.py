@@ -34,7 +34,7 @@ def change_text(value: float, original: float) -> str:
 
 def duration_text(seconds: float) -> str:
     """A duration: `0.2 s`, `7 min 05 s`, `3 h 20 min`."""
-    if seconds < 60:
+    if seconds < 59.95:  # else it would be written as 60.0 s
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,5 +1,6 @@
 """A smaller checkpoint from a larger one, file to file: no model is built and no tensor passes through memory."""
 
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from mpruner_dist.rewriting.proof import Claim, prove
 from mpruner_dist.runs.commit import commit_folder, disk_errors, require_space, write_json
 from mpruner_dist.runs.digest import digest
 
+log = logging.getLogger(__name__)
+
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack"}
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -43,7 +46,11 @@ class ShardCopy:
 
 def run_here(function: Callable[[Item], Result], items: list[Item]) -> list[Result]:
     """Do tasks one after another in this process."""
-    return [function(item) for item in items]
+    results = []
+    for number, item in enumerate(items, 1):
+        results.append(function(item))
+        log.info("  %s: %d of %d done", function.__name__.replace("_", " "), number, len(items))
+    return results
 
 
 def rewrite_checkpoint(

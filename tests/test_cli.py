@@ -1,0 +1,252 @@
+"""What a user sees: one message with what, where and what to do, and the exit code 2. Nothing is made."""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT, SMOL, make_text, write_config
+
+from mpruner_dist import cli
+
+Cli = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Run a command in this process: exit code, and everything it printed."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["mpruner", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        try:
+            cli.main()
+        except SystemExit as done:
+            code = done.code or 0
+        captured = capsys.readouterr()
+        return int(code), captured.out + captured.err
+
+    return run
+
+
+@pytest.fixture
+def model(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may damage."""
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def dry_run(command: Cli, tmp_path: Path, settings: dict[str, Any]) -> tuple[int, str]:
+    return command("run", write_config(tmp_path / "config.yaml", settings), "--dry-run")
+
+
+def test_a_dry_run_says_what_would_happen_and_does_nothing(
+    command: Cli, tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, output = dry_run(command, tmp_path, settings)
+    assert code == 0, output
+    for words in ("llama", "8, model.layers.0 to model.layers.7",
+                  "7 batches of 2 x 32 tokens (448)", "6 steps of 4 x 32",
+                  "2 micro-batches of 2", "3 models", "ZeRO stage 1", "kB in", "a worker"):  # fmt: skip
+        assert words in output, words
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def a_first_shard(model: Path) -> Path:
+    return sorted(model.glob("model-*.safetensors"))[0]
+
+
+def no_config(model: Path) -> None:
+    (model / "config.json").unlink()
+
+
+def missing_shard(model: Path) -> None:
+    a_first_shard(model).unlink()
+
+
+def truncated_shard(model: Path) -> None:
+    content = a_first_shard(model).read_bytes()
+    a_first_shard(model).write_bytes(content[:-10])
+
+
+def broken_config(model: Path) -> None:
+    (model / "config.json").write_text('{"model_type": "llama", ')
+
+
+def unknown_family(model: Path) -> None:
+    (model / "config.json").write_text('{"model_type": "no-such-family", "num_hidden_layers": 8}')
+
+
+def no_tokenizer(model: Path) -> None:
+    for file in model.glob("token*"):
+        file.unlink()
+
+
+def escaping_index(model: Path) -> None:
+    path = model / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.norm.weight"] = "../../x.safetensors"
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (no_config, "no config.json"),
+        (missing_shard, r"lacks the shard model-00001-of-\d+\.safetensors"),
+        (truncated_shard, r"model-00001-of-\d+\.safetensors is truncated"),
+        (broken_config, "config.json"),
+        (unknown_family, "cannot read .*config.json.*no-such-family"),
+        (no_tokenizer, "no tokenizer"),
+        (escaping_index, r"'\.\./\.\./x\.safetensors', which is not a file of its own folder"),
+    ],
+)
+def test_a_damaged_model_is_named(
+    command: Cli, tmp_path: Path, settings: dict[str, Any], model: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(model)
+    settings["model"]["path"] = str(model)
+    code, output = dry_run(command, tmp_path, settings)
+    assert code == 2
+    assert re.search(message, output.replace("\n", " ")), output
+    assert output.startswith("mpruner: ")
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("model", {"path": "./nowhere"}, "there is no such folder"),
+        ("data", {"block_size": 4096}, r"gives 1 blocks of 4096 tokens, 14 needed|gives 0 blocks of 4096 tokens"),
+        ("collect", {"samples": 3}, "greater than or equal to 4, got 3"),
+        ("collect", {"skip_token": 2}, "did you mean 'skip_tokens'"),
+        ("plan", {"method": "partition", "keep_layers": None}, "needs keep_layers or target_parameters"),
+        ("plan", {"method": "file", "keep_layers": None, "file": "nowhere.json"}, "cannot read the plan nowhere.json"),
+        ("retrain", {"batch_size": 5}, r"retrain.batch_size 5 must be a multiple of .* = 2"),
+        ("retrain", {"warmup_steps": 6}, "warmup_steps 6 must be less than steps 6"),
+        ("retrain", {"deepspeed": "nowhere.json"}, "cannot read the DeepSpeed configuration nowhere.json"),
+        ("cluster", {"zero_stage": 2}, "Input should be 0 or 3, got 2"),
+        ("cluster", {"workers": 0}, "greater than or equal to 1, got 0"),
+    ],
+)
+def test_a_wrong_value_is_named(
+    command: Cli, tmp_path: Path, settings: dict[str, Any], section: str, values: dict[str, Any], message: str
+) -> None:
+    settings[section] |= values
+    code, output = dry_run(command, tmp_path, settings)
+    assert code == 2
+    assert re.search(message, output), output
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"num_layers": 8, "kept": []}, "kept is empty"),
+        ({"num_layers": 8, "kept": [0, 8]}, "kept names layer 8; the model has layers 0 to 7"),
+        ({"num_layers": 9, "kept": [0, 8]}, "is for 9 layers, the model has 8"),
+        ({"kept": [0]}, "num_layers"),
+    ],
+)
+def test_a_wrong_plan_is_named(command: Cli, tmp_path: Path, tiny: Path, plan: dict[str, Any], message: str) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    code, output = command("rewrite", tiny / "model", tmp_path / "small", "--plan", tmp_path / "plan.json")
+    assert code == 2
+    assert message in output
+    assert not (tmp_path / "small").exists()
+
+
+def test_rewrite_and_verify_alone(command: Cli, tmp_path: Path, tiny: Path) -> None:
+    code, output = command("rewrite", tiny / "model", tmp_path / "small", "--keep", "0-2,7")
+    assert code == 0, output
+    assert "4 layers, proven equal" in output
+    code, output = command("verify", tmp_path / "small")
+    assert code == 0, output
+    assert re.search(r"\d+ tensors, [\d,]+ parameters", output)
+    code, output = command("rewrite", tiny / "model", tmp_path / "other")
+    assert code == 2
+    assert "--plan plan.json or --keep" in output
+    code, output = command("rewrite", tiny / "model", tmp_path / "other", "--keep", "0-99")
+    assert code == 2
+    assert "layer 8" in output
+
+
+def test_status_of_what_is_no_run(command: Cli, tmp_path: Path) -> None:
+    code, output = command("status", tmp_path)
+    assert code == 2
+    assert "is no run folder" in output
+
+
+def test_a_run_folder_that_is_something_else(command: Cli, tmp_path: Path, settings: dict[str, Any]) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    config = write_config(tmp_path / "config.yaml", settings)
+    code, output = command("run", config, "--run-dir", tmp_path / "thesis")
+    assert code == 2
+    assert "not empty and no run's" in output
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.txt"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_configuration_dry_runs(command: Cli, tmp_path: Path, tiny: Path, path: Path) -> None:
+    """On a model and texts of this machine where its own are on a hub."""
+    content = yaml.safe_load(path.read_text())
+    if not Path(content["model"]["path"]).exists():
+        content["model"]["path"] = str(tiny / "model")
+        make_text(tmp_path / "text.jsonl", records=60_000)
+        bounds = [0.0, 0.5, 0.8, 0.9, 1.0]
+        for part, *take in zip(("calibration", "train", "validation", "test"), bounds, bounds[1:], strict=False):
+            content["data"][part] = {"path": str(tmp_path / "text.jsonl"), "take": take}
+        content["plan"] = {"method": "anchor"}
+    code, output = command("run", write_config(tmp_path / "config.yaml", content), "--dry-run")
+    assert code == 0, output
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "deepspeed").glob("*.json")), ids=lambda path: path.name)
+def test_every_deepspeed_configuration_is_completed(
+    command: Cli, tmp_path: Path, settings: dict[str, Any], path: Path
+) -> None:
+    settings["retrain"]["deepspeed"] = str(path)
+    code, output = dry_run(command, tmp_path, settings)
+    assert code == 0, output
+    assert f"ZeRO stage {json.loads(path.read_text())['zero_optimization']['stage']}" in output
+
+
+def commands_in_the_readme() -> list[str]:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    return [line.split("#")[0].strip() for line in lines if line.startswith("    ")]
+
+
+def test_the_readmes_commands_exist() -> None:
+    known = {item.callback.__name__ for item in cli.app.registered_commands if item.callback}
+    used = [line for line in commands_in_the_readme() if "mpruner_dist " in line]
+    assert len(used) >= 6
+    for line in used:
+        assert line.split("mpruner_dist ")[1].split()[0] in known, line
+    for script in re.findall(r"bash (launch/\S+)", (ROOT / "README.md").read_text()):
+        assert (ROOT / script).is_file()
+    assert len((ROOT / "README.md").read_text().splitlines()) < 250
+
+
+def test_the_readmes_files_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    for name in re.findall(r"`((?:mpruner_dist|configs|tests|launch)/[\w/.]+)`", text):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"`((?:data|similarity|planning|rewriting|retraining|evaluation|reporting|models|checkpoints"
+                           r"|cluster|runs)/(?:\w+\.py)?)`", text):  # fmt: skip
+        assert (ROOT / "mpruner_dist" / name).exists(), name
+
+
+@pytest.mark.smol
+@pytest.mark.skipif(not SMOL.exists(), reason="build/demo is not made: run launch/prepare_demo.py build/demo")
+def test_the_real_model_is_rewritten_and_verified(command: Cli, tmp_path: Path) -> None:
+    code, output = command("rewrite", SMOL, tmp_path / "small", "--keep", "0-9,12-29")
+    assert code == 0, output
+    code, output = command("verify", tmp_path / "small")
+    assert code == 0, output
+    assert "127,434,816 parameters" in output  # 134,515,008 less two layers of 3,540,096

@@ -1,0 +1,245 @@
+"""The one YAML file: every mistake in one message, nothing corrected silently, and back to YAML."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from mpruner_dist.config import Config
+from mpruner_dist.config_file import load_config
+from mpruner_dist.errors import UserError
+
+
+def minimal() -> dict[str, Any]:
+    return {
+        "model": {"path": "some/model"},
+        "data": {"calibration": {"path": "a.jsonl"}, "test": {"path": "b.jsonl"}},
+    }
+
+
+def full() -> dict[str, Any]:
+    """Every section, and no value left at its default."""
+    text = "corpus"
+    return {
+        "model": {"path": "/models/big", "revision": "v2", "dtype": "bfloat16", "trust_remote_code": True},
+        "data": {
+            "block_size": 64,
+            "pack": False,
+            "calibration": {"path": text, "name": "raw", "split": "all", "text_field": "body", "take": [0.0, 0.1]},
+            "train": {"path": text, "name": "raw", "split": "all", "take": [0.1, 0.7]},
+            "validation": {"path": text, "name": "raw", "split": "all", "take": [0.7, 0.8]},
+            "test": {"path": text, "name": "raw", "split": "all", "take": [0.8, 1.0]},
+        },
+        "collect": {
+            "batch_size": 2, "num_batches": 3, "samples": 40, "skip_tokens": 0, "outlier_norm": None,
+            "normalize": False, "seed": 4, "save_every": 1,
+        },
+        "plan": {"method": "partition", "keep_layers": 20, "protect_first": 2, "protect_last": 0},
+        "retrain": {
+            "steps": 30, "batch_size": 12, "micro_batch_size": 2, "learning_rate": 3e-5, "min_lr_ratio": 0.0,
+            "warmup_steps": 3, "weight_decay": 0.1, "max_grad_norm": 0.5, "zero_stage": 3, "deepspeed": "ds.json",
+            "distillation": {"weight": 0.25, "temperature": 2.0}, "save_every": 5, "eval_every": 7, "seed": 8,
+        },
+        "evaluate": {"batch_size": 1, "max_blocks": 9},
+        "cluster": {
+            "workers": 3, "device": "cpu", "cpus_per_worker": 2, "zero_stage": 3, "deepspeed": "inference.json",
+            "address": "ray://host:10001", "max_restarts": 0,
+        },
+    }  # fmt: skip
+
+
+def load(folder: Path, content: Any, *overrides: str) -> Config:
+    path = folder / "config.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return load_config(path, list(overrides))
+
+
+def refusal(folder: Path, content: Any, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load(folder, content, *overrides)
+    return str(caught.value)
+
+
+def test_every_mistake_comes_back_at_once_with_the_nearest_name(tmp_path: Path) -> None:
+    message = refusal(
+        tmp_path,
+        {
+            "model": {"pathh": "x", "dtype": "float8"},
+            "data": {"calibration": {"path": "a", "take": [0.5, 2]}, "block_size": 4, "tset": {"path": "b"}},
+            "colect": {"samples": 9},
+            "collect": {"samples": 3, "zzzz": 1},
+            "plan": {"method": "partition", "keep_layers": 0},
+            "retrain": {"learning_rate": "fast", "distillation": {"temprature": 2}},
+            "cluster": {"zero_stage": 2},
+        },
+    )
+    for part in [
+        "model.path: must be given",
+        "model.pathh: unknown key; did you mean 'path'?",
+        "model.dtype: Input should be 'float32', 'bfloat16' or 'float16', got 'float8'",
+        "data.calibration.take.1: Input should be less than or equal to 1, got 2",
+        "data.block_size: Input should be greater than or equal to 8, got 4",
+        "data.test: must be given",
+        "data.tset: unknown key; did you mean 'test'?",
+        "colect: unknown key; did you mean 'collect'?",
+        "collect.samples: Input should be greater than or equal to 4, got 3",
+        "collect.zzzz: unknown key; valid names: batch_size, ",
+        "plan.keep_layers: Input should be greater than or equal to 1, got 0",
+        "retrain.learning_rate: Input should be a valid number",
+        "retrain.distillation.temprature: unknown key; did you mean 'temperature'?",
+        "cluster.zero_stage: Input should be 0 or 3, got 2",
+    ]:
+        assert f"  {part}" in message
+    assert str(tmp_path / "config.yaml") in message
+    assert f": {len(message.splitlines()) - 1} mistake(s)" in message
+    assert len(message.splitlines()) == 15
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("data", {"calibration": {"path": "a", "take": [0.5, 0.5]}}, r"data.calibration: take [0.5, 0.5] is empty"),
+        ("data", {"calibration": {"path": "b.jsonl"}}, "calibration takes [0.0, 1.0] and test takes [0.0, 1.0] of the"),
+        ("plan", {"method": "partition"}, "plan: method partition needs keep_layers or target_parameters"),
+        ("plan", {"method": "partition", "keep_layers": 2, "target_parameters": 2}, "just one of them"),
+        ("plan", {"keep_layers": 2}, "plan: keep_layers is a budget: it goes with method partition, not anchor"),
+        ("plan", {"method": "file"}, "plan: method file and plan.file go together"),
+        ("plan", {"file": "plan.json"}, "plan: method file and plan.file go together"),
+        ("plan", {"threshold": 0}, "plan.threshold: Input should be greater than 0, got 0"),
+        ("plan", {"threshold": float("nan")}, "plan.threshold: "),
+        ("plan", {"stride": 4}, "plan.stride: "),
+        ("retrain", {"steps": 5, "warmup_steps": 5}, "retrain: warmup_steps 5 must be less than steps 5"),
+        ("retrain", {"learning_rate": 0}, "retrain.learning_rate: "),
+        ("retrain", {}, "configuration: retrain needs data.train and data.validation"),
+        ("model", {"path": None}, "model.path: "),
+        ("collect", {"outlier_norm": 1}, "collect.outlier_norm: "),
+        ("collect", {"samples": 4.5}, "collect.samples: "),
+        ("model", "some/model", "model: "),
+        ("model", ["path"], "model: "),
+    ],
+)  # fmt: skip
+def test_each_mistake_says_where_and_what(tmp_path: Path, section: str, change: Any, message: str) -> None:
+    content = minimal()
+    content[section] = content.get(section, {}) | change if isinstance(change, dict) else change
+    assert message in refusal(tmp_path, content)
+
+
+def test_parts_may_touch_but_not_overlap(tmp_path: Path) -> None:
+    content = full()
+    assert load(tmp_path, content).data.parts().keys() == {"calibration", "train", "validation", "test"}
+    content["data"]["validation"]["take"] = [0.69, 0.8]
+    message = refusal(tmp_path, content)
+    assert "train takes [0.1, 0.7] and validation takes [0.69, 0.8] of the same 'corpus'" in message
+    content["data"]["validation"]["split"] = "another"
+    assert load(tmp_path, content).data.validation
+
+
+def test_a_part_that_is_inside_another_overlaps(tmp_path: Path) -> None:
+    content = minimal()
+    content["data"] = {"calibration": {"path": "a", "take": [0.4, 0.5]}, "test": {"path": "a"}}
+    assert "give them ranges that do not overlap" in refusal(tmp_path, content)
+
+
+@pytest.mark.parametrize(("workers", "micro", "good"), [(3, 2, True), (2, 3, True), (5, 2, False), (4, 2, False)])
+def test_batches_must_divide_among_the_workers(tmp_path: Path, workers: int, micro: int, good: bool) -> None:
+    content = full()
+    content["cluster"]["workers"], content["retrain"]["micro_batch_size"] = workers, micro
+    if good:
+        assert load(tmp_path, content).retrain
+    else:
+        message = refusal(tmp_path, content)
+        assert "retrain.batch_size 12 must be a multiple of" in message
+        assert f"{workers} x retrain.micro_batch_size {micro} = {workers * micro}" in message
+
+
+def test_overrides_are_read_as_yaml_and_make_sections(tmp_path: Path) -> None:
+    config = load(
+        tmp_path, full(), "plan.keep_layers=7", "data.test.take=[0.9, 1.0]", "retrain.learning_rate=1e-4",
+        "collect.outlier_norm=3", "model.path=a=b", "evaluate.max_blocks=null", "retrain.distillation=",
+    )  # fmt: skip
+    assert config.plan.keep_layers == 7
+    assert config.data.test.take == (0.9, 1.0)
+    assert config.model.path == "a=b"
+    assert config.evaluate.max_blocks is None
+    assert config.retrain is not None
+    assert config.retrain.learning_rate == 1e-4
+    assert config.retrain.distillation is None
+    made = load(tmp_path, minimal() | {"collect": None}, "collect.seed=5", "evaluate.batch_size=2")
+    assert (made.collect.seed, made.evaluate.batch_size) == (5, 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("plan.threshold", "write section.key=value"),
+        ("=3", "write section.key=value"),
+        ("plan..threshold=3", "write section.key=value"),
+        ("model.path.deep=3", "path is a value, not a section"),
+        ("plan.threshold=[", "the value is not YAML"),
+        ("plan.treshold=0.9", "plan.treshold: unknown key; did you mean 'threshold'?"),
+        ("plan.threshold=high", "plan.threshold: Input should be a valid number"),
+    ],
+)
+def test_a_bad_override_is_refused(tmp_path: Path, override: str, message: str) -> None:
+    assert message in refusal(tmp_path, minimal(), override)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model: [", "is not YAML"),
+        ("", "must hold sections such as `model:` and `data:`, it holds NoneType"),
+        ("- a\n- b\n", "it holds list"),
+        ("just text", "it holds str"),
+    ],
+)
+def test_a_file_that_holds_no_sections_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    said = refusal(tmp_path, content)
+    assert message in said
+    assert "config.yaml" in said
+
+
+def test_a_missing_or_binary_file_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read the configuration .*none\.yaml: No such file"):
+        load_config(tmp_path / "none.yaml", [])
+    with pytest.raises(UserError, match=str(tmp_path)):
+        load_config(tmp_path, [])  # a folder
+    (tmp_path / "binary.yaml").write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(UserError, match=r"binary\.yaml"):
+        load_config(tmp_path / "binary.yaml", [])
+
+
+def test_a_key_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    assert "mistake" in refusal(tmp_path, minimal() | {1: 2})
+
+
+@pytest.mark.parametrize("content", [minimal(), full()], ids=["minimal", "full"])
+def test_to_yaml_is_the_same_configuration(tmp_path: Path, content: dict[str, Any]) -> None:
+    config = load(tmp_path, content)
+    text = config.to_yaml()
+    assert load(tmp_path, text) == config
+    assert load(tmp_path, text).to_yaml() == text
+    written = yaml.safe_load(text)
+    assert set(written) == set(Config.model_fields)
+    assert written["collect"].keys() == type(config.collect).model_fields.keys()  # defaults included
+
+
+def test_a_full_configuration_says_something_of_every_field(tmp_path: Path) -> None:
+    """So that the round trip above would notice a field that is not written."""
+    plain = load(tmp_path, minimal())
+    config = load(tmp_path, full())
+    for section in ("model", "collect", "evaluate", "cluster"):
+        for name in type(getattr(plain, section)).model_fields:
+            assert getattr(getattr(config, section), name) != getattr(getattr(plain, section), name), name
+
+
+def test_a_configuration_does_not_change(tmp_path: Path) -> None:
+    config = load(tmp_path, full())
+    with pytest.raises(ValidationError, match="frozen"):
+        config.model = config.model  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        config.collect.samples = 5  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        config.data.test.take = (0.0, 0.5)  # type: ignore[misc]

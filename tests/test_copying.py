@@ -1,0 +1,202 @@
+"""Bytes from file to file, and a live model's weights back into a copy of its folder."""
+
+import errno
+import json
+import os
+import random
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mpruner_dist.checkpoints.copying import copy_tensors
+from mpruner_dist.checkpoints.export import export_weights, match_names
+from mpruner_dist.checkpoints.folder import INDEX_NAME, CheckpointFolder, index_json, read_checkpoint, shard_name
+from mpruner_dist.checkpoints.header import read_header
+from mpruner_dist.errors import StageFailure, UserError
+
+
+@pytest.fixture(params=["in the kernel", "by reading and writing", "small pieces", "fails halfway"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every way in which the bytes may go."""
+    real = os.copy_file_range
+    calls = 0
+
+    def refuse(*_: Any, **__: Any) -> int:
+        raise OSError(errno.EXDEV, "other device")
+
+    def small(source: int, target: int, count: int, **where: Any) -> int:
+        return real(source, target, min(count, 1000), **where)
+
+    def halfway(source: int, target: int, count: int, **where: Any) -> int:
+        nonlocal calls
+        calls += 1
+        return small(source, target, count, **where) if calls <= 3 else refuse()
+
+    replacement = {"by reading and writing": refuse, "small pieces": small, "fails halfway": halfway}
+    if request.param in replacement:
+        monkeypatch.setattr(os, "copy_file_range", replacement[request.param])
+        monkeypatch.setattr("mpruner_dist.checkpoints.copying.CHUNK_BYTES", 777)
+    return str(request.param)
+
+
+def write_source(path: Path) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    tensors = {f"t{n}": torch.randn(30, 10 + n, generator=draw) for n in range(6)}
+    tensors |= {"half": torch.randn(7, generator=draw).bfloat16(), "none": torch.empty(0, 4), "one": torch.tensor(3.0)}
+    save_file(tensors, path, {"format": "pt"})
+    return tensors
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("seed", range(4))
+def test_copied_tensors_are_the_same_bytes_under_their_new_names(tmp_path: Path, seed: int) -> None:
+    tensors = write_source(tmp_path / "source.safetensors")
+    header = read_header(tmp_path / "source.safetensors")
+    draw = random.Random(seed)
+    chosen = draw.sample(sorted(tensors), draw.randint(1, len(tensors)))
+    if seed == 0:
+        chosen = list(header.tensors)  # in the order of the file, all of it: one stretch
+    target = tmp_path / "target.safetensors"
+    copy_tensors(
+        tmp_path / "source.safetensors", target, [(header.tensors[name], f"new.{name}") for name in chosen], {"a": "b"}
+    )
+    found = load_file(target)
+    assert sorted(found) == sorted(f"new.{name}" for name in chosen)
+    for name in chosen:
+        assert found[f"new.{name}"].shape == tensors[name].shape
+        assert found[f"new.{name}"].dtype == tensors[name].dtype
+        assert torch.equal(found[f"new.{name}"], tensors[name])
+    written = read_header(target)
+    assert written.metadata == {"a": "b"}
+    assert [info.num_bytes for info in written.tensors.values() if info.num_bytes] == [
+        tensors[name].nbytes for name in chosen if tensors[name].nbytes
+    ]
+
+
+@pytest.mark.usefixtures("way")
+def test_a_source_that_ends_early_is_refused_by_name_and_byte(tmp_path: Path) -> None:
+    source = tmp_path / "source.safetensors"
+    write_source(source)
+    infos = list(read_header(source).tensors.values())  # read while it was whole
+    size = source.stat().st_size
+    os.truncate(source, size - 100)
+    with pytest.raises(UserError, match=rf"source\.safetensors ends at byte {size - 100}, {size} expected"):
+        copy_tensors(source, tmp_path / "target", [(info, info.name) for info in infos], {})
+
+
+def test_an_error_that_is_no_reason_to_go_another_way_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source.safetensors"
+    write_source(source)
+    info = read_header(source).tensors["t0"]
+
+    def full(*_: Any, **__: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "copy_file_range", full)
+    with pytest.raises(StageFailure, match=rf"no space left while writing {tmp_path / 'target'}"):
+        copy_tensors(source, tmp_path / "target", [(info, "t0")], {})
+
+
+class Tiny(torch.nn.Module):
+    """A model with tied weights, a scalar and two dtypes in its files."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = torch.nn.Module()
+        self.model.embed = torch.nn.Embedding(7, 4)
+        self.model.norm = torch.nn.Parameter(torch.randn(()))
+        self.head = torch.nn.Linear(4, 7, bias=True)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> tuple[Tiny, CheckpointFolder]:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    model = Tiny()
+    shards = {
+        shard_name(1, 2): {"embed.weight": model.model.embed.weight.data.bfloat16(), "norm": model.model.norm.data},
+        shard_name(2, 2): {"head.weight": model.head.weight.data, "head.bias": model.head.bias.data.half()},
+    }
+    for name, tensors in shards.items():
+        save_file(tensors, folder / name, {"format": "pt"})
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("words")
+    (folder / INDEX_NAME).write_text(json.dumps(index_json({name: read_header(folder / name) for name in shards})))
+    return model, read_checkpoint(folder)
+
+
+def whole(_: torch.nn.Parameter) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_unchanged_weights_make_the_same_folder_byte_for_byte(
+    tiny: tuple[Tiny, CheckpointFolder], tmp_path: Path
+) -> None:
+    model, checkpoint = tiny
+    parameters = match_names(model, checkpoint, "model")
+    assert parameters["embed.weight"] is model.model.embed.weight
+    assert parameters["head.bias"] is model.head.bias
+    export_weights(parameters, checkpoint, tmp_path / "out", whole, is_writer=True)
+    assert contents(tmp_path / "out") == contents(checkpoint.path)
+
+
+def test_new_values_are_written_in_the_dtype_of_the_files(tiny: tuple[Tiny, CheckpointFolder], tmp_path: Path) -> None:
+    model, checkpoint = tiny
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.123)
+        model.head.weight.data = model.head.weight.data.T.contiguous().T  # as it may lie in memory
+    export_weights(match_names(model, checkpoint, "model"), checkpoint, tmp_path / "out", whole, is_writer=True)
+    found = {n: t for shard in checkpoint.shards for n, t in load_file(tmp_path / "out" / shard).items()}
+    assert torch.equal(found["embed.weight"], model.model.embed.weight.data.bfloat16())
+    assert torch.equal(found["norm"], model.model.norm.data)
+    assert torch.equal(found["head.weight"], model.head.weight.data)
+    assert torch.equal(found["head.bias"], model.head.bias.data.half())
+    assert read_checkpoint(tmp_path / "out").tensors == checkpoint.tensors
+
+
+def test_others_gather_every_weight_and_write_nothing(tiny: tuple[Tiny, CheckpointFolder], tmp_path: Path) -> None:
+    model, checkpoint = tiny
+    gathered: list[torch.nn.Parameter] = []
+
+    def gather(parameter: torch.nn.Parameter) -> AbstractContextManager[None]:
+        gathered.append(parameter)
+        return nullcontext()
+
+    parameters = match_names(model, checkpoint, "model")
+    export_weights(parameters, checkpoint, tmp_path / "out", gather, is_writer=False)
+    assert [id(parameter) for parameter in gathered] == [id(parameters[name]) for name in checkpoint.tensors]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_values_that_are_not_finite_in_the_file_are_refused_by_name(
+    tiny: tuple[Tiny, CheckpointFolder], tmp_path: Path, value: float
+) -> None:
+    model, checkpoint = tiny
+    model.head.bias.data[2] = value  # 1e30 is finite in memory, and infinite in the float16 of the file
+    with pytest.raises(StageFailure, match=r"head\.bias is not finite after retraining"):
+        export_weights(match_names(model, checkpoint, "model"), checkpoint, tmp_path / "out", whole, is_writer=True)
+
+
+def test_a_shape_of_another_model_is_refused_by_name(tiny: tuple[Tiny, CheckpointFolder], tmp_path: Path) -> None:
+    model, checkpoint = tiny
+    model.head.weight = torch.nn.Parameter(torch.zeros(4, 7))
+    with pytest.raises(StageFailure, match=r"head\.weight has shape \[4, 7\] in memory and \[7, 4\] in the checkpoint"):
+        export_weights(match_names(model, checkpoint, "model"), checkpoint, tmp_path / "out", whole, is_writer=True)
+
+
+def test_a_tensor_that_is_no_parameter_is_refused_by_name(tiny: tuple[Tiny, CheckpointFolder]) -> None:
+    model, checkpoint = tiny
+    del model.model.norm
+    with pytest.raises(StageFailure, match=r"model: tensor norm \(F32\) is no parameter of the model in memory"):
+        match_names(model, checkpoint, "model")

@@ -1,0 +1,195 @@
+"""DeepSpeed configurations: filled in where they say "auto" or nothing, refused where they contradict the run."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpruner_dist.cluster.settings import (
+    dtype_settings,
+    fill_in,
+    inference_settings,
+    read_deepspeed_config,
+    zero_stage,
+)
+from mpruner_dist.config import RetrainConfig
+from mpruner_dist.errors import UserError
+from mpruner_dist.retraining.settings import training_settings
+
+RETRAIN = RetrainConfig(
+    steps=40, batch_size=24, micro_batch_size=2, learning_rate=3e-5, min_lr_ratio=0.2, warmup_steps=4,
+    weight_decay=0.1, max_grad_norm=0.7, zero_stage=2,
+)  # fmt: skip
+
+
+def training(given: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"config": RETRAIN, "dtype": "bfloat16", "workers": 3} | changes
+    return training_settings(given, **arguments)
+
+
+def test_without_a_file_everything_follows_from_the_run() -> None:
+    made = training({})
+    assert made["train_batch_size"] == 24
+    assert made["train_micro_batch_size_per_gpu"] == 2
+    assert made["gradient_accumulation_steps"] == 4
+    assert made["gradient_clipping"] == 0.7
+    assert made["zero_optimization"] == {"stage": 2}
+    assert made["bf16"] == {"enabled": True}
+    assert made["fp16"] == {"enabled": False}
+    assert made["optimizer"]["type"] == "AdamW"
+    assert made["optimizer"]["params"]["lr"] == 3e-5
+    assert made["optimizer"]["params"]["weight_decay"] == 0.1
+    schedule = made["scheduler"]["params"]
+    assert (schedule["total_num_steps"], schedule["warmup_num_steps"], schedule["cos_min_ratio"]) == (40, 4, 0.2)
+
+
+AUTO: dict[str, Any] = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto", "loss_scale": 0},
+    "zero_optimization": {"stage": "auto", "overlap_comm": True, "offload_optimizer": {"device": "cpu"}},
+    "optimizer": {"type": "Adam", "params": {"lr": "auto", "weight_decay": "auto", "betas": [0.9, 0.99]}},
+    "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": "auto", "warmup_num_steps": 7}},
+}
+
+
+def test_auto_is_answered_wherever_it_stands_and_the_rest_is_kept() -> None:
+    given = copy.deepcopy(AUTO)
+    made = training(given)
+    assert given == AUTO  # the user's own is not touched
+    assert "auto" not in json.dumps(made)
+    assert (made["train_batch_size"], made["gradient_clipping"]) == (24, 0.7)
+    assert made["bf16"] == {"enabled": True}
+    assert made["fp16"] == {"enabled": False, "loss_scale": 0}
+    assert made["zero_optimization"] == {"stage": 2, "overlap_comm": True, "offload_optimizer": {"device": "cpu"}}
+    assert made["optimizer"] == {"type": "Adam", "params": {"lr": 3e-5, "weight_decay": 0.1, "betas": [0.9, 0.99]}}
+    assert made["scheduler"]["params"] == {"total_num_steps": 40, "warmup_num_steps": 7}
+
+
+def test_whole_sections_may_be_auto() -> None:
+    made = training({"optimizer": "auto", "zero_optimization": "auto", "scheduler": "auto"})
+    assert made == training({})
+
+
+@pytest.mark.parametrize("value", ["auto", True, [1]])
+def test_a_section_that_must_be_a_table_and_is_not_is_answered_or_refused_by_name(value: Any) -> None:
+    if value == "auto":
+        assert training({"bf16": value})["bf16"] == {"enabled": True}
+    else:
+        with pytest.raises(UserError, match="bf16"):
+            training({"bf16": value})
+
+
+def test_the_users_optimizer_and_scheduler_are_kept_whole() -> None:
+    mine = {"type": "Lion", "params": {"lr": 1.0}}
+    schedule = {"type": "WarmupLR", "params": {"warmup_max_lr": 1.0}}
+    made = training({"optimizer": mine, "scheduler": schedule, "wall_clock_breakdown": True})
+    assert made["optimizer"] == mine
+    assert made["scheduler"] == schedule
+    assert made["wall_clock_breakdown"] is True
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_zero_section_that_leaves_the_stage_out_gets_that_of_the_run(stage: int) -> None:
+    config = RETRAIN.model_copy(update={"zero_stage": stage})
+    made = training({"zero_optimization": {"overlap_comm": True}}, config=config)
+    assert zero_stage(made) == stage
+    assert made["zero_optimization"]["overlap_comm"] is True
+
+
+def test_an_inference_zero_section_that_leaves_the_stage_out_gets_that_of_the_run() -> None:
+    assert (
+        zero_stage(inference_settings({"zero_optimization": {"offload_param": {"device": "cpu"}}}, 3, "float32")) == 3
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "key", "value", "needed"),
+    [
+        ({"train_batch_size": 25}, "train_batch_size", 25, 24),
+        ({"train_micro_batch_size_per_gpu": 1}, "train_micro_batch_size_per_gpu", 1, 2),
+        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps", 1, 4),
+        ({"bf16": {"enabled": False}}, "bf16.enabled", False, True),
+        ({"fp16": {"enabled": True}}, "fp16.enabled", True, False),
+        ({"train_batch_size": None}, "train_batch_size", None, 24),
+    ],
+)
+def test_a_contradiction_names_key_and_both_values(given: Any, key: str, value: Any, needed: Any) -> None:
+    with pytest.raises(UserError, match='write "auto" there or change the run\'s') as caught:
+        training(given)
+    assert f"sets {key} = {value!r}, the run needs {needed!r}" in str(caught.value)
+
+
+def test_the_user_may_repeat_what_follows_from_the_run() -> None:
+    given = {"train_batch_size": 24, "gradient_accumulation_steps": 4, "bf16": {"enabled": True}}
+    assert training(given) == training({})
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ({"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}, "zero_optimization.reduce_bucket_size"),
+        ({"optimizer": {"type": "AdamW", "params": {"betas": "auto"}}}, "optimizer.params.betas"),
+        ({"steps_per_print": "auto"}, "steps_per_print"),
+        ({"mine": {"deep": {"deeper": "auto"}}}, "mine.deep.deeper"),
+    ],
+)
+def test_an_auto_that_nothing_answers_is_refused_by_key(given: Any, key: str) -> None:
+    with pytest.raises(UserError, match="the run does not set it: give a value") as caught:
+        training(given)
+    assert f'says {key} = "auto"' in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bf16", "fp16"), [("float32", False, False), ("bfloat16", True, False), ("float16", False, True)]
+)
+def test_dtypes(dtype: str, bf16: bool, fp16: bool) -> None:
+    assert dtype_settings(dtype) == {"bf16": {"enabled": bf16}, "fp16": {"enabled": fp16}}
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_inference_takes_the_stage_of_the_run_or_of_the_file(stage: int) -> None:
+    made = inference_settings({}, stage, "float32")
+    assert zero_stage(made) == stage
+    assert made["train_micro_batch_size_per_gpu"] == 1
+    assert "optimizer" not in made
+    other = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    assert inference_settings(other, stage, "float32")["zero_optimization"] == other["zero_optimization"]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_inference_refuses_stages_that_divide_an_optimizer(stage: int) -> None:
+    with pytest.raises(UserError, match=f"ZeRO stage 0 or 3, not {stage}"):
+        inference_settings({"zero_optimization": {"stage": stage}}, 0, "float32")
+
+
+def test_zero_stage_of_nothing_is_zero() -> None:
+    assert zero_stage({}) == 0
+    assert zero_stage({"zero_optimization": {}}) == 0
+
+
+def test_fill_in_prefers_required_over_default_and_given_over_default() -> None:
+    made = fill_in({"a": "auto", "b": 5, "c": "auto"}, {"a": 1}, {"a": 9, "b": 9, "c": 3, "d": 4})
+    assert made == {"a": 1, "b": 5, "c": 3, "d": 4}
+
+
+def test_an_answer_may_be_zero_or_false() -> None:
+    assert fill_in({"a": "auto", "b": "auto"}, {}, {"a": 0, "b": False}) == {"a": 0, "b": False}
+
+
+def test_a_file_is_read_or_refused_by_name(tmp_path: Path) -> None:
+    assert read_deepspeed_config(None) == {}
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(AUTO))
+    assert read_deepspeed_config(path) == AUTO
+    for content in ("{", "", "[1]", "3"):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"DeepSpeed configuration .*ds\.json"):
+            read_deepspeed_config(path)
+    with pytest.raises(UserError, match=r"DeepSpeed configuration .*none\.json"):
+        read_deepspeed_config(tmp_path / "none.json")

@@ -1,0 +1,212 @@
+import html
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from mpruner_dist.config import Config
+from mpruner_dist.plan import Plan
+from mpruner_dist.reporting.figures import neighbours_figure, similarity_figure
+from mpruner_dist.reporting.report import CARD_MARKER, write_report
+from mpruner_dist.reporting.table import change_text, duration_text, parameters_text, perplexity_text
+
+DEPTH, DROPPED = 6, [2, 4]
+SECTIONS = ["Result", "Similarity of the layers", "What was removed, and why", "Retraining", "Data", "The run"]
+STAGES = {"collect": {"state": "done", "seconds": 425.0}, "report": {"state": "running"}}
+
+
+def similarities(depth: int) -> tuple[np.ndarray, np.ndarray]:
+    distance = np.abs(np.subtract.outer(np.arange(depth), np.arange(depth)))
+    return np.exp(-0.02 * distance), 0.001 * distance
+
+
+def make_config(retrain: bool = True, **changes: dict) -> Config:
+    parts = ("calibration", "train", "validation", "test")
+    content: dict = {
+        "model": {"path": "owner/little-model"},
+        "data": {part: {"path": f"{part}.txt"} for part in parts},
+        "plan": {"method": "partition", "keep_layers": DEPTH - len(DROPPED)},
+    }
+    if retrain:
+        content["retrain"] = {"steps": 30}
+    return Config.model_validate(content | changes)
+
+
+def make_run(run: Path, retrain: bool = True) -> Path:
+    cka, stderr = similarities(DEPTH)
+    names = [f"model.layers.{layer}" for layer in range(DEPTH)]
+    similarity = {"layers": names, "cka": cka.tolist(), "stderr": stderr.tolist(), "num_batches": 4, "num_samples": 99}
+    kept = [layer for layer in range(DEPTH) if layer not in DROPPED]
+    reasons = {str(layer): {"like": layer - 1, "cka": 0.98, "stderr": 0.001} for layer in DROPPED}
+    plan = {"num_layers": DEPTH, "kept": kept, "clusters": [[0], [1, 2], [3, 4], [5]], "reasons": reasons}
+    entry = {"bytes": 4000, "loss": 1.0, "tokens": 1234, "tokens_per_second": 10.0}
+    evaluation = {
+        "original": entry | {"layers": 6, "parameters": 1_000_000_000, "perplexity": 10.0},
+        "pruned": entry | {"layers": 4, "parameters": 800_000_000, "perplexity": 20.0},
+    }
+    parts = {
+        part: {"blocks": 2, "tokens": 16, "digest": "abc", "records_also_in": {}}
+        for part in ("calibration", "train", "validation", "test")
+    }
+    artefacts = {"cka": similarity, "plan": plan, "data/data": {"block_size": 8, "packed": True, "parts": parts}}
+    if retrain:
+        evaluation["retrained"] = evaluation["pruned"] | {"perplexity": 11.0}
+        artefacts["retrain"] = {"loss": [[1, 3.0], [2, 2.5]], "validation_loss": [[0, 3.1], [2, 2.6]]}
+    for name, content in (artefacts | {"evaluation": evaluation}).items():
+        path = run / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+    for folder in ("pruned", "retrained") if retrain else ("pruned",):
+        (run / folder).mkdir()
+    return run
+
+
+def edit(path: Path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def front_matter(card: Path) -> dict:
+    before, matter, after = card.read_text().split("---\n", 2)
+    assert not before
+    assert after.startswith(CARD_MARKER)
+    return yaml.safe_load(matter)
+
+
+def test_the_report_has_every_section_in_order_and_the_numbers(tmp_path):
+    write_report(make_run(tmp_path), make_config(), STAGES)
+    page = html.unescape((tmp_path / "report.html").read_text())
+    assert re.findall("<h2>(.*?)</h2>", page) == SECTIONS
+    assert (
+        "6 → 4 layers, 1.00 B → 800.0 M parameters (-20.0 %), perplexity 10.00 → 20.00 pruned → 11.00 retrained "
+        "on 1,234 held-out tokens."
+    ) in page
+    for expected in ("+100.0 %", "+10.0 %", "0.9800", "± 0.0010", "7 min 05 s", "keep_layers: 4", "fair reference"):
+        assert expected in page
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"cka.svg", "neighbours.svg", "losses.svg"}
+
+
+def test_the_report_is_self_contained_and_names_no_path_of_this_machine(tmp_path):
+    write_report(make_run(tmp_path), make_config(), STAGES)
+    page = (tmp_path / "report.html").read_text()
+    assert re.findall(r'(?:src|href)\s*=\s*"(?!data:)[^"]*', page) == []
+    assert not re.search(r"@import|url\(|<script|<link", page)
+    assert str(tmp_path) not in page
+
+
+def test_names_from_outside_are_escaped(tmp_path):
+    config = make_config(model={"path": "models/<script>alert(1)<"})
+    run = make_run(tmp_path)
+    edit(run / "plan.json", lambda plan: plan.update(reasons={"2": "<b>I say so</b>"}))
+    write_report(run, config, STAGES)
+    for name in ("report.html", "pruned/README.md"):
+        assert "<script" not in (run / name).read_text()
+        assert "<b>" not in (run / name).read_text()
+        assert "&lt;script&gt;alert(1)&lt;" in (run / name).read_text()
+
+
+def test_a_run_without_retraining(tmp_path):
+    run = make_run(tmp_path, retrain=False)
+    (run / "retrained").mkdir()  # left by an earlier run with retraining
+    (run / "retrain.json").write_text("of an earlier run")
+    write_report(run, make_config(retrain=False), STAGES)
+    page = (run / "report.html").read_text()
+    assert re.findall("<h2>(.*?)</h2>", page) == [name for name in SECTIONS if name != "Retraining"]
+    assert "fair reference" not in page
+    assert not list((run / "retrained").iterdir())
+    assert "Retraining" not in (run / "pruned/README.md").read_text()
+
+
+def test_records_in_two_parts_are_told_and_the_test_is_not_called_held_out(tmp_path):
+    run = make_run(tmp_path)
+    edit(run / "data/data.json", lambda data: data["parts"]["test"].update(records_also_in={"train": 3}))
+    write_report(run, make_config(), STAGES)
+    for name in ("report.html", "pruned/README.md"):
+        assert "3 records of test also stand in train." in (run / name).read_text()
+        assert "held-out" not in (run / name).read_text()
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ({"method": "anchor", "threshold": 0.9, "stride": 2}, "at least 0.9. Of the layers 0, 1, 2, ... of each"),
+        ({"method": "partition", "target_parameters": 900_000_000}, "at most 900.0 M parameters"),
+        ({"method": "file", "file": "mine.json"}, "the plan is mine.json"),
+    ],
+)
+def test_the_method_is_told_in_words(tmp_path, plan, words):
+    write_report(make_run(tmp_path), make_config(plan=plan), STAGES)
+    assert words in (tmp_path / "report.html").read_text()
+    assert words in (tmp_path / "pruned/README.md").read_text()
+
+
+def test_a_plan_by_hand_and_a_single_batch(tmp_path):
+    run = make_run(tmp_path)
+    edit(run / "cka.json", lambda cka: cka.update(num_batches=1, stderr=np.zeros((DEPTH, DEPTH)).tolist()))
+    edit(run / "plan.json", lambda plan: plan.update(clusters=[], reasons={"4": {"like": 3, "cka": 0.98}}))
+    write_report(run, make_config(), STAGES)
+    page = (run / "report.html").read_text()
+    assert "not stated" in page
+    assert "a single batch has no spread" in page
+    assert "± 0" not in page
+
+
+def test_the_model_card_can_be_read_by_the_hub(tmp_path):
+    config = make_config(model={"path": "owner/little-model", "trust_remote_code": True})
+    write_report(make_run(tmp_path), config, STAGES)
+    for folder in ("pruned", "retrained"):
+        assert front_matter(tmp_path / folder / "README.md") == {
+            "base_model": "owner/little-model",
+            "library_name": "transformers",
+            "tags": ["pruned", "mpruner-dist"],
+        }
+    card = (tmp_path / "retrained/README.md").read_text()
+    for expected in ("layers kept: 0-1, 3, 5", "layers removed: 2, 4", "| retrained (this one) | 4 (-33.3 %)"):
+        assert expected in card
+    assert "from_pretrained(folder, trust_remote_code=True)" in card
+    assert "## Retraining" in card
+    assert "## Retraining" not in (tmp_path / "pruned/README.md").read_text()
+
+
+@pytest.mark.parametrize("path", ["owner/little-model", "/models/little-model", "little-model"])
+def test_a_folder_is_no_base_model(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner/little-model").mkdir(parents=True)
+    write_report(make_run(tmp_path), make_config(model={"path": path}), STAGES)
+    assert "base_model" not in front_matter(tmp_path / "pruned/README.md")
+
+
+def test_the_card_of_the_original_model_is_kept(tmp_path):
+    run = make_run(tmp_path)
+    (run / "pruned/README.md").write_text("---\nlicense: mit\n---\n# The original\n")
+    write_report(run, make_config(), STAGES)
+    card = (run / "pruned/README.md").read_text()
+    assert "ORIGINAL_README.md" in card
+    assert "ORIGINAL_README.md" not in (run / "retrained/README.md").read_text()
+    write_report(run, make_config(), STAGES)
+    assert (run / "pruned/README.md").read_text() == card
+    assert (run / "pruned/ORIGINAL_README.md").read_text() == "---\nlicense: mit\n---\n# The original\n"
+    (run / "pruned/README.md").write_text("# Rewritten by a person\n")
+    write_report(run, make_config(), STAGES)
+    assert (run / "pruned/README.md").read_text() == "# Rewritten by a person\n"
+
+
+@pytest.mark.parametrize("depth", [2, 12, 80, 126])
+def test_figures_of_any_depth_are_small_and_the_same_again(depth):
+    cka, stderr = similarities(depth)
+    cka[0, 1] = cka[1, 0] = 1.0001  # an unbiased estimate may
+    plan = Plan.keeping(depth, [0, *range(2, depth)], clusters=[[0, 1]])
+    assert similarity_figure(cka, plan) == similarity_figure(cka, plan)
+    assert len(similarity_figure(cka, plan)) < 200_000
+    assert len(neighbours_figure(cka, stderr, plan, threshold=1.0)) < 200_000
+
+
+def test_numbers_are_short():
+    assert [parameters_text(n) for n in (134_515_008, 70_553_706_496)] == ["134.5 M", "70.55 B"]
+    assert [perplexity_text(p) for p in (16.6115, 1e304)] == ["16.61", "1e+304"]
+    assert [change_text(*pair) for pair in ((9, 10), (1230, 100))] == ["-10.0 %", "12.3-fold"]
+    assert [duration_text(s) for s in (0.23, 59.97, 425, 12000)] == ["0.2 s", "1 min 00 s", "7 min 05 s", "3 h 20 min"]

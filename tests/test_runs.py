@@ -1,0 +1,300 @@
+"""The run folder: whole or not at all, done or made again, owned by one."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpruner_dist.errors import StageFailure, UserError
+from mpruner_dist.runs.commit import commit_folder, disk_errors, require_space, write_bytes, write_json
+from mpruner_dist.runs.digest import digest, file_digest, spot_digest
+from mpruner_dist.runs.folder import RunFolder, open_run, read_manifest
+
+FAILING_WRITE = """
+import resource, sys
+from pathlib import Path
+from mpruner_dist.runs.commit import write_bytes
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+write_bytes(Path(sys.argv[1]), b"new" * 1000)
+"""
+OWNER = """
+import sys
+from pathlib import Path
+from mpruner_dist.runs.folder import open_run
+with open_run(Path(sys.argv[1]), ""):
+    print("mine", flush=True)
+    sys.stdin.read()
+"""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_a_write_that_fails_midway_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "cka.json"
+    write_bytes(path, b"old")
+    done = subprocess.run([sys.executable, "-c", FAILING_WRITE, path], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1] == "OSError: [Errno 27] File too large"
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["cka.json"]
+    write_bytes(path, b"new" * 1000)
+    assert path.read_bytes() == b"new" * 1000
+    assert names(tmp_path) == ["cka.json"]
+
+
+def test_json_that_holds_nan_is_not_written(tmp_path: Path) -> None:
+    write_json(tmp_path / "deep" / "a.json", {"x": [1, 2]})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "deep" / "a.json", {"x": float("nan")})
+    assert json.loads((tmp_path / "deep" / "a.json").read_text()) == {"x": [1, 2]}
+
+
+def test_commit_folder_replaces_whole(tmp_path: Path) -> None:
+    final = tmp_path / "pruned"
+    for number, files in enumerate([["a", "b"], ["b", "deep/c"]]):
+        temporary = tmp_path / ".pruned.tmp"
+        for name in files:
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            (temporary / name).write_text(f"{name} {number}")
+        commit_folder(temporary, final)
+    assert names(tmp_path) == ["pruned", "pruned/b", "pruned/deep", "pruned/deep/c"]
+    assert (final / "b").read_text() == "b 1"
+
+
+def test_a_commit_that_was_killed_between_its_renames_can_be_made_again(tmp_path: Path) -> None:
+    (tmp_path / ".pruned.old").mkdir()
+    (tmp_path / ".pruned.old" / "old").touch()
+    (tmp_path / "new").mkdir()
+    commit_folder(tmp_path / "new", tmp_path / "pruned")
+    assert names(tmp_path) == ["pruned"]
+
+
+@pytest.mark.parametrize(("number", "message"), [(28, "no space left while writing"), (122, "no space left"),
+                                                 (13, "may not write"), (30, "may not write")])  # fmt: skip
+def test_disk_errors_say_what_to_do(tmp_path: Path, number: int, message: str) -> None:
+    with pytest.raises(StageFailure, match=message) as caught, disk_errors(tmp_path / "not" / "there"):
+        raise OSError(number, "reason")
+    assert str(tmp_path / "not" / "there") in str(caught.value)
+
+
+def test_other_errors_pass_through(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), disk_errors(tmp_path):
+        (tmp_path / "none").read_bytes()
+
+
+def test_space_is_asked_for_before_the_first_byte(tmp_path: Path) -> None:
+    require_space(tmp_path / "not" / "there", 1)
+    with pytest.raises(StageFailure, match=r"needs 1000000000000 MB and \d+ MB are free"):
+        require_space(tmp_path, 10**18)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.dictionaries(st.text(max_size=3), JSON, min_size=1, max_size=4), JSON)
+def test_digests_follow_content_not_the_order_of_keys(content: dict[str, Any], other: Any) -> None:
+    assert digest(dict(reversed(content.items()))) == digest(content)
+    assert (digest(other) == digest(content)) == (
+        json.dumps(other, sort_keys=True) == json.dumps(content, sort_keys=True)
+    )
+
+
+@pytest.mark.parametrize("of_file", [file_digest, spot_digest])
+def test_file_digests_see_every_byte_of_a_small_file(tmp_path: Path, of_file: Callable[[Path], str]) -> None:
+    content = bytes(range(256)) * 40
+    path = tmp_path / "a"
+    seen = set()
+    for changed in (None, 0, 5000, len(content) - 1):
+        now = bytearray(content)
+        if changed is not None:
+            now[changed] ^= 1
+        path.write_bytes(now)
+        seen.add(of_file(path))
+    path.write_bytes(content[:-1])
+    seen.add(of_file(path))
+    assert len(seen) == 5
+    path.write_bytes(b"")
+    assert of_file(path) not in seen
+
+
+class Making:
+    """A stage that writes a file and counts how often it was made."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.times, self.fails = folder, 0, False
+        self.run = RunFolder(folder, "config: here\n")
+
+    def __call__(self, inputs: dict[str, Any], **options: Any) -> None:
+        self.run.stage("plan", inputs, ("plan.json",), self.make, command="plan", **options)
+
+    def make(self) -> None:
+        self.times += 1
+        if self.fails:
+            raise RuntimeError("broken")
+        (self.folder / "plan.json").write_text(str(self.times))
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Making:
+    return Making(tmp_path / "run")
+
+
+def again(plan: Making) -> None:
+    plan.run = RunFolder(plan.folder, plan.run.resolved_config)
+
+
+INPUTS: dict[str, Any] = {"cka": "abc", "plan": {"method": "anchor", "threshold": 0.9}}
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+def test_a_stage_is_made_once(plan: Making, reopened: bool) -> None:
+    plan(INPUTS)
+    if reopened:
+        again(plan)
+    plan(INPUTS)
+    assert plan.times == 1
+    assert plan.run.is_done("plan")
+    assert (plan.folder / "config.yaml").read_text() == "config: here\n"
+    manifest = json.loads((plan.folder / "manifest.json").read_text())
+    assert manifest["version"] == 1
+    assert manifest["stages"]["plan"]["outputs"] == ["plan.json"]
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+def test_inputs_that_json_writes_otherwise_are_the_same_inputs(plan: Making, reopened: bool) -> None:
+    inputs = {"take": (0.0, 0.5)}  # JSON has lists only
+    plan(inputs)
+    if reopened:
+        again(plan)
+    plan(inputs)
+    assert plan.times == 1
+
+
+def test_other_inputs_are_refused_with_what_differs(plan: Making) -> None:
+    plan(INPUTS)
+    changed = {"cka": "abc", "plan": {"method": "partition", "keep_layers": 5, "threshold": 0.9}}
+    with pytest.raises(UserError) as caught:
+        plan(changed)
+    message = str(caught.value)
+    assert "for the stage plan these differ:" in message
+    assert "  plan.keep_layers: was None, is 5\n" in message
+    assert "  plan.method: was 'anchor', is 'partition'\n" in message
+    assert "threshold" not in message
+    assert "--run-dir" in message
+    assert "mpruner plan CONFIG" in message
+    assert plan.run.changes("plan", changed) == ["plan.keep_layers: was None, is 5",
+                                                 "plan.method: was 'anchor', is 'partition'"]  # fmt: skip
+    assert plan.run.changes("plan", INPUTS) == []
+    assert plan.run.changes("rewrite", changed) == []
+    assert (plan.times, (plan.folder / "plan.json").read_text()) == (1, "1")
+    plan(changed, replace=True)
+    assert (plan.times, (plan.folder / "plan.json").read_text()) == (2, "2")
+    plan(changed)
+    assert plan.times == 2
+
+
+def test_an_output_that_is_missing_is_made_again(plan: Making) -> None:
+    plan(INPUTS)
+    (plan.folder / "plan.json").unlink()
+    plan(INPUTS)
+    assert plan.times == 2
+    assert (plan.folder / "plan.json").exists()
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+def test_a_stage_that_failed_is_not_done_and_is_made_again(plan: Making, reopened: bool) -> None:
+    plan.fails = True
+    with pytest.raises(RuntimeError, match="broken"):
+        plan(INPUTS)
+    assert read_manifest(plan.folder)["plan"]["state"] == "running"
+    if reopened:
+        again(plan)
+    assert not plan.run.is_done("plan")
+    with pytest.raises(UserError, match="cka: was 'abc', is 'xyz'"):
+        plan(INPUTS | {"cka": "xyz"})  # what it had begun is of other inputs
+    plan.fails = False
+    plan(INPUTS)
+    assert plan.times == 2
+    assert read_manifest(plan.folder)["plan"]["state"] == "done"
+
+
+def test_what_is_forgotten_is_made_again_from_anything(plan: Making) -> None:
+    plan(INPUTS)
+    plan.run.forget(["plan", "never made"])
+    assert (plan.folder / "plan.json").exists()
+    again(plan)
+    plan({"cka": "other"})
+    assert plan.times == 2
+
+
+@pytest.fixture
+def owner(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
+    """Another process that has the run folder open."""
+    command = [sys.executable, "-c", OWNER, tmp_path / "run"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "mine\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_another_process_may_not_open_a_run_until_its_owner_ends(
+    tmp_path: Path, owner: "subprocess.Popen[str]", killed: bool
+) -> None:
+    with pytest.raises(UserError, match=r"another mpruner works in .*run: wait"), open_run(tmp_path / "run", ""):
+        pass
+    if killed:
+        owner.kill()
+    owner.communicate("")
+    with open_run(tmp_path / "run", "") as run:
+        assert (run.path, run.stages) == (tmp_path / "run", {})
+
+
+def test_only_a_runs_own_or_empty_folder_is_taken(tmp_path: Path) -> None:
+    def opens(path: Path) -> None:
+        with open_run(path, ""):
+            pass
+
+    (tmp_path / "empty").mkdir()
+    opens(tmp_path / "empty")
+    opens(tmp_path / "empty")
+    assert names(tmp_path / "empty") == [".lock", "logs"]
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("x")
+    with pytest.raises(UserError, match=r"thesis is not empty and no run's: give another --run-dir"):
+        opens(tmp_path / "thesis")
+    assert names(tmp_path / "thesis") == ["chapter.tex"]
+    with pytest.raises(UserError, match=r"chapter\.tex is a file"):
+        opens(tmp_path / "thesis" / "chapter.tex")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"version": 2, "stages": {}}', "has version 2, this program reads up to 1: upgrade it"),
+        ("{", "is not a run's manifest"),
+        ("[]", "is not a run's manifest"),
+        ('{"version": 1}', "is not a run's manifest"),
+        ('{"version": "new", "stages": {}}', "is not a run's manifest"),
+        ('{"version": 1, "stages": [1]}', "is not a run's manifest"),
+    ],
+)
+def test_a_manifest_of_another_kind_is_refused_by_name(tmp_path: Path, content: str, message: str) -> None:
+    assert read_manifest(tmp_path) == {}
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=rf"manifest\.json {message}"):
+        RunFolder(tmp_path, "")

@@ -1,0 +1,200 @@
+"""The loss of a text, what retraining minimises, and which sequences it sees."""
+
+import itertools
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mpruner_dist.cluster.worker import Worker
+from mpruner_dist.config import DistillationConfig
+from mpruner_dist.data.blocks import Blocks
+from mpruner_dist.errors import StageFailure
+from mpruner_dist.models.scoring import model_inputs, score_text, token_nll
+from mpruner_dist.retraining.losses import distillation_loss, mixed_loss
+from mpruner_dist.retraining.settings import DataOrder
+
+WORDS, TOKENS = 11, 9
+CPU = torch.device("cpu")
+
+
+def some_blocks(lengths: list[int], seed: int = 0) -> Blocks:
+    ids = np.random.default_rng(seed).integers(0, WORDS, (len(lengths), TOKENS)).astype(np.int32)
+    return Blocks(ids, np.array(lengths, np.int32))
+
+
+class Bigrams:
+    """An engine that predicts each next token from the last one alone."""
+
+    def __init__(self) -> None:
+        self.table = torch.randn(WORDS, WORDS, generator=torch.Generator().manual_seed(1)) * 2
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __call__(self, **inputs: Any) -> Any:
+        self.shapes.append(tuple(inputs["input_ids"].shape))
+        return SimpleNamespace(logits=self.table[inputs["input_ids"]])
+
+
+def naive_nll(logits: Tensor, blocks: Blocks) -> tuple[float, int]:
+    total, count = 0.0, 0
+    for row, length in enumerate(blocks.lengths):
+        for position in range(length - 1):
+            scores = [math.exp(float(score)) for score in logits[row, position]]
+            total -= math.log(scores[int(blocks.ids[row, position + 1])] / sum(scores))
+            count += 1
+    return total, count
+
+
+def worker(folder: Path) -> Worker:
+    return Worker(0, 1, 0, "cpu", folder, "evaluate")
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(2, TOKENS), min_size=1, max_size=5), st.integers(0, 1000))
+def test_token_nll_is_a_loop_over_the_text(lengths: list[int], seed: int) -> None:
+    blocks = some_blocks(lengths, seed)
+    logits = torch.randn(len(blocks), TOKENS, WORDS, generator=torch.Generator().manual_seed(seed))
+    nll, count = token_nll(logits, model_inputs(blocks, CPU))
+    expected, expected_count = naive_nll(logits, blocks)
+    assert (count, nll.dtype) == (expected_count, torch.float32)
+    assert float(nll) == pytest.approx(expected, rel=1e-5)
+
+
+def test_padding_does_not_count_whatever_stands_there() -> None:
+    blocks = some_blocks([5, TOKENS])
+    logits = torch.randn(2, TOKENS, WORDS, generator=torch.Generator().manual_seed(2))
+    before = token_nll(logits, model_inputs(blocks, CPU))
+    other = blocks.ids.copy()
+    other[0, 5:] = (other[0, 5:] + 1) % WORDS
+    spoiled = logits.clone()
+    spoiled[0, 4:] = 100 * torch.randn(TOKENS - 4, WORDS)  # what is predicted after the last token of the text
+    after = token_nll(spoiled, model_inputs(Blocks(other, blocks.lengths), CPU))
+    assert (float(after[0]), after[1]) == (float(before[0]), before[1]) == (float(before[0]), 4 + 8)
+    spoiled[0, 3] += torch.arange(WORDS)
+    assert float(token_nll(spoiled, model_inputs(blocks, CPU))[0]) != float(before[0])
+
+
+def test_low_precision_logits_are_summed_in_float32() -> None:
+    blocks = some_blocks([TOKENS] * 40)
+    logits = torch.randn(40, TOKENS, WORDS, generator=torch.Generator().manual_seed(2)).bfloat16()
+    nll, _ = token_nll(logits, model_inputs(blocks, CPU))
+    assert float(nll) == pytest.approx(naive_nll(logits.float(), blocks)[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
+def test_the_score_is_the_mean_over_tokens_not_over_batches(tmp_path: Path, batch_size: int) -> None:
+    blocks, engine = some_blocks([9, 2, 9, 3, 2]), Bigrams()
+    score = score_text(worker(tmp_path), engine, blocks, batch_size)
+    expected, count = naive_nll(engine.table[torch.from_numpy(blocks.ids).long()], blocks)
+    assert score.tokens == count == 8 + 1 + 8 + 2 + 1
+    assert score.nll == pytest.approx(expected / count, rel=1e-5)
+    assert score.seconds >= 0
+    per_block = [naive_nll(engine.table[torch.from_numpy(blocks.rows([i]).ids).long()], blocks.rows([i]))
+                 for i in range(5)]  # fmt: skip
+    assert abs(score.nll - sum(nll / n for nll, n in per_block) / 5) > 0.01  # the mean of means is another number
+
+
+def test_scoring_covers_every_block_once_after_a_warm_up_and_tells(tmp_path: Path) -> None:
+    engine, told = Bigrams(), []
+    score_text(worker(tmp_path), engine, some_blocks([9] * 7), 3, told.append)
+    assert engine.shapes == [(1, 9), (3, 9), (3, 9), (1, 9)]
+    assert told == [1, 2, 3]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_fails_the_stage(tmp_path: Path, value: float) -> None:
+    engine = Bigrams()
+    engine.table[:, 0] = value
+    with pytest.raises(StageFailure, match="not finite"):
+        score_text(worker(tmp_path), engine, some_blocks([9, 9]), 2)
+
+
+def test_model_inputs_are_ids_and_mask() -> None:
+    inputs = model_inputs(some_blocks([2, 9]), CPU)
+    assert inputs["input_ids"].dtype == inputs["attention_mask"].dtype == torch.int64
+    assert inputs["attention_mask"].tolist() == [[1, 1] + [0] * 7, [1] * 9]
+    assert inputs["use_cache"] is False
+
+
+def some_logits(seed: int) -> Tensor:
+    return torch.randn(3, TOKENS, WORDS, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+MASK = torch.tensor([[1] * 9, [1] * 4 + [0] * 5, [1] * 2 + [0] * 7])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_distillation_is_zero_for_equal_logits_and_positive_else(temperature: float) -> None:
+    one, other = some_logits(1), some_logits(2)
+    assert float(distillation_loss(one, one, MASK, temperature)) == pytest.approx(0, abs=1e-5)
+    assert float(distillation_loss(one, one + 5.0, MASK, temperature)) == pytest.approx(0, abs=1e-4)
+    assert float(distillation_loss(one, other, MASK, temperature)) > 1
+    masked = torch.where(MASK[..., None].roll(-1, 1) * (torch.arange(TOKENS)[None, :, None] < 8) == 1, one, other)
+    assert float(distillation_loss(one, masked, MASK, temperature)) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_distillation_and_its_gradient_are_those_of_torch(temperature: float) -> None:
+    teacher = some_logits(2)
+    mine, reference = some_logits(1).requires_grad_(), some_logits(1).requires_grad_()
+    loss = distillation_loss(mine, teacher, MASK, temperature)
+    counted = MASK[:, 1:].bool()
+    expected = temperature**2 * torch.nn.KLDivLoss(reduction="sum", log_target=True)(
+        (reference[:, :-1][counted] / temperature).log_softmax(-1),
+        (teacher[:, :-1][counted] / temperature).log_softmax(-1),
+    )
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    loss.backward()
+    expected.backward()
+    assert mine.grad is not None
+    torch.testing.assert_close(mine.grad, reference.grad, rtol=1e-4, atol=1e-6)
+    assert (mine.grad[1, 3:] == 0).all()
+    assert mine.grad[1, 2].abs().max() > 0
+
+
+def test_losses_are_mixed_by_weight() -> None:
+    blocks, engine = some_blocks([9, 4, 2]), Bigrams()
+    inputs = model_inputs(blocks, CPU)
+    student = some_logits(1).requires_grad_()
+    nll, _ = token_nll(student, inputs)
+    assert mixed_loss(nll, student, None, inputs, None) is nll
+    mixed = mixed_loss(nll, student, engine, inputs, DistillationConfig(weight=0.3, temperature=2.0))
+    distance = distillation_loss(student, engine(**inputs).logits, inputs["attention_mask"], 2.0)
+    assert float(mixed.detach()) == pytest.approx(float((0.7 * nll + 0.3 * distance).detach()), rel=1e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 2**31), st.integers(1, 4))
+def test_every_epoch_is_a_permutation_of_its_own(num_blocks: int, batch_size: int, seed: int, epochs: int) -> None:
+    order = DataOrder(num_blocks, batch_size, seed)
+    steps = -(-num_blocks * epochs // batch_size)
+    seen = [row for step in range(steps) for row in order.rows(step)]
+    assert all(len(order.rows(step)) == batch_size for step in range(steps))
+    for epoch in range(epochs):
+        assert sorted(seen[epoch * num_blocks : (epoch + 1) * num_blocks]) == list(range(num_blocks))
+
+
+def test_epochs_and_seeds_differ() -> None:
+    order = DataOrder(50, 50, 3)
+    assert order.rows(0) == DataOrder(50, 50, 3).rows(0)
+    rows = [order.rows(0), order.rows(1), DataOrder(50, 50, 4).rows(0), list(range(50))]
+    assert all(one != other for one, other in itertools.combinations(rows, 2))
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(1, 40), st.integers(0, 50))
+def test_all_workers_together_see_the_batch_whatever_their_number(
+    world_size: int, micro: int, accumulation: int, num_blocks: int, step: int
+) -> None:
+    order = DataOrder(num_blocks, world_size * micro * accumulation, 5)
+    shares = [order.micro_batches(step, rank, world_size, micro) for rank in range(world_size)]
+    assert all(len(share) == accumulation and all(len(rows) == micro for rows in share) for share in shares)
+    turns = [row for turn in zip(*shares, strict=True) for rows in turn for row in rows]
+    assert turns == order.rows(step)  # in the order of turns it is the very same batch

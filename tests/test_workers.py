@@ -1,0 +1,123 @@
+"""Real Ray workers: what they know, how they fail, and that killed ones start again."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from mpruner_dist.cluster.session import RaySession
+from mpruner_dist.cluster.worker import Worker
+from mpruner_dist.config import ClusterConfig
+from mpruner_dist.errors import StageFailure, UserError
+
+pytestmark = pytest.mark.ray
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import this file
+
+TWO = ClusterConfig(workers=2, device="cpu", cpus_per_worker=1, max_restarts=1)
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[RaySession]:
+    with RaySession(TWO) as session:
+        yield session
+
+
+def write_what_it_knows(worker: Worker, spec: dict[str, Any]) -> None:
+    from mpruner_dist.cluster.engine import start_deepspeed
+
+    start_deepspeed(worker.device)
+    total = worker.sum_over_workers(torch.full((2,), 10.0**worker.rank, dtype=torch.float64))
+    threads, host = torch.get_num_threads(), worker.host
+    (Path(spec["folder"]) / f"{worker.rank}.txt").write_text(f"{worker.world_size} {threads} {total.tolist()} {host}")
+    print("a word for the log")
+
+
+def test_every_worker_runs_the_job_and_sums_agree(session: RaySession, tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    session.run_workers(write_what_it_knows, {"folder": str(tmp_path)}, "test", tmp_path)
+    for rank in range(2):
+        assert (tmp_path / f"{rank}.txt").read_text() == f"2 1 [11.0, 11.0] {os.uname().nodename}"
+        assert "a word for the log" in (tmp_path / "logs" / f"test-rank{rank}.log").read_text()
+
+
+def kill_yourself_once(worker: Worker, spec: dict[str, Any]) -> None:
+    marker = Path(spec["folder"]) / "killed"
+    if worker.rank == 1 and (spec["always"] or not marker.exists()):
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    worker.barrier()
+    (Path(spec["folder"]) / f"done{worker.rank}").touch()
+
+
+def test_a_killed_worker_is_started_again(session: RaySession, tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    session.run_workers(kill_yourself_once, {"folder": str(tmp_path), "always": False}, "test", tmp_path)
+    assert (tmp_path / "killed").exists()
+    assert (tmp_path / "done0").exists()
+    assert (tmp_path / "done1").exists()
+
+
+def test_a_worker_killed_again_and_again_is_one_message(session: RaySession, tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    with pytest.raises(StageFailure, match=r"test: (worker 1 of 2|a worker) was killed .*gave up after 1 restart"):
+        session.run_workers(kill_yourself_once, {"folder": str(tmp_path), "always": True}, "test", tmp_path)
+
+
+def fail(worker: Worker, spec: dict[str, Any]) -> None:
+    if worker.rank == 1:
+        if spec["kind"] == "ours":
+            raise UserError("the text is empty")
+        raise ZeroDivisionError("a bug")
+    worker.barrier()
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        ("ours", UserError, r"test: rank 1 on \S+ failed: the text is empty"),
+        ("bug", StageFailure, r"test: rank 1 on \S+ failed: ZeroDivisionError: a bug; its log: .*test-rank1.log"),
+    ],
+)
+def test_a_failure_is_one_message_with_rank_and_host(
+    session: RaySession, tmp_path: Path, kind: str, error: type[Exception], message: str
+) -> None:
+    (tmp_path / "logs").mkdir()
+    with pytest.raises(error, match=message):
+        session.run_workers(fail, {"kind": kind}, "test", tmp_path)
+    assert "Traceback" in (tmp_path / "logs" / "test-rank1.log").read_text()
+
+
+def double(number: int) -> int:
+    if number < 0:
+        raise UserError("no negative numbers")
+    return 2 * number
+
+
+def test_tasks_keep_their_order_and_their_errors(session: RaySession, tmp_path: Path) -> None:
+    assert session.run_tasks(double, [3, 1, 2], tmp_path / "progress.json") == [6, 2, 4]
+    with pytest.raises(UserError, match=r"^no negative numbers$"):
+        session.run_tasks(double, [1, -1], tmp_path / "progress.json")
+
+
+def test_more_than_the_cluster_has_is_said_before_anything_starts(session: RaySession, tmp_path: Path) -> None:
+    greedy = RaySession(TWO.model_copy(update={"workers": 500}))
+    with pytest.raises(StageFailure, match=r"500 workers of 1 CPU need 500, the Ray cluster has \d+"):
+        greedy.run_workers(fail, {}, "test", tmp_path)
+
+
+def test_an_address_where_no_cluster_is(tmp_path: Path) -> None:
+    script = (
+        "from mpruner_dist.cluster.session import RaySession\nfrom mpruner_dist.config import ClusterConfig\n"
+        "from mpruner_dist.errors import StageFailure\n"
+        "try:\n    RaySession(ClusterConfig(address='127.0.0.1:1')).connect()\n"
+        "except StageFailure as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert "Ray does not start on the cluster at 127.0.0.1:1" in done.stdout, done.stderr
