@@ -11,6 +11,17 @@ from mpruner_dist.config import Config
 from mpruner_dist.errors import UserError
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML as it is, but a key given twice is a mistake: otherwise the first of them would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: Path, overrides: list[str]) -> Config:
     """Read a YAML file and apply `a.b=c` overrides, the value read as YAML.
 
@@ -18,10 +29,10 @@ def load_config(path: Path, overrides: list[str]) -> Config:
         UserError: the file cannot be read, or with every mistake in it.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), Loader=_UniqueKeys)
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror or error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold sections such as `model:` and `data:`, it holds {type(content).__name__}")

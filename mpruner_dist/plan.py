@@ -4,6 +4,7 @@ Layer ranges are written as people write them: `0-11,20-31`, inclusive, counted 
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Self
 
@@ -84,10 +85,10 @@ def parse_layers(text: str) -> list[int]:
     """
     layers: list[int] = []
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        match = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part.strip())
+        if match is None:
             raise UserError(f"layers {text!r}: write ranges such as 0-11,20-31, counted from 0, ends included")
-        begin, end = int(first), int(last) if dash else int(first)
+        begin, end = int(match[1]), int(match[2] or match[1])
         if end < begin:
             raise UserError(f"layers {text!r}: the range {part.strip()} runs backwards")
         layers += range(begin, end + 1)

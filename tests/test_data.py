@@ -189,8 +189,8 @@ def test_ranges_are_disjoint_and_leave_nothing_out(tmp_path: Path) -> None:
     path = str(write_texts(tmp_path, "jsonl"))
     for cuts in ([0.25, 0.55, 0.65], [0.1, 0.15, 0.9], [0.05, 0.33, 0.34]):
         edges = [0.0, *cuts, 1.0]
-        taken = [taken(path=path, take=pair) for pair in itertools.pairwise(edges)]
-        assert list(itertools.chain.from_iterable(taken)) == TEXTS
+        parts = [taken(path=path, take=pair) for pair in itertools.pairwise(edges)]
+        assert list(itertools.chain.from_iterable(parts)) == TEXTS
     assert taken(path=path, take=(0.2, 0.5)) == TEXTS[2:5]
     path = str(write_texts(tmp_path, "jsonl", TEXTS * 10))
     assert len(taken(path=path, take=(0, 0.29))) == 29  # 100 * 0.29 is less than 29
@@ -225,14 +225,10 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("bad.parquet", b"PAR1"),
-        ("bad.jsonl", b'{"text": '),
-        ("bad.txt", b"\xff\xfe\xff"),
-        ("empty.jsonl", b""),
-        ("empty.parquet", b""),
-        ("empty.txt", b""),
+        ("bad.parquet", b"PAR1"), ("bad.jsonl", b'{"text": '), ("bad.txt", b"\xff\xfe\xff"),
+        ("empty.parquet", b""), ("empty.jsonl", b""), ("empty.txt", b""),
     ],
-)
+)  # fmt: skip
 def test_a_damaged_or_empty_file_is_refused_by_name(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=name):
@@ -252,8 +248,12 @@ def config_for(folder: Path, **changes: Any) -> Config:
     return Config.model_validate({"model": {"path": "m"}, "data": data | changes, "collect": collect})
 
 
+def prepare(config: Config, model: Path, target: Path) -> None:
+    prepare_data(config, model, target, target.with_name("progress.json"))
+
+
 def test_parts_are_written_with_their_counts(tmp_path: Path) -> None:
-    prepare_data(config_for(tmp_path), tmp_path / "model", tmp_path / "data", tmp_path / "progress.json")
+    prepare(config_for(tmp_path), tmp_path / "model", tmp_path / "data")
     summary = json.loads((tmp_path / "data" / "data.json").read_text())
     assert (summary["block_size"], summary["packed"]) == (8, True)
     assert {part: entry["blocks"] for part, entry in summary["parts"].items()} == {
@@ -263,25 +263,20 @@ def test_parts_are_written_with_their_counts(tmp_path: Path) -> None:
     }
     for part, entry in summary["parts"].items():
         path = tmp_path / "data" / f"{part}.safetensors"
-        assert entry["tokens"] == entry["blocks"] * 8 == load_blocks(path).lengths.sum()
-        assert entry["digest"] == file_digest(path)
+        assert (entry["tokens"], entry["digest"]) == (load_blocks(path).lengths.sum(), file_digest(path))
         assert set(entry["records_also_in"].values()) <= {0}
 
 
-def test_records_in_two_parts_are_counted_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_records_in_two_parts_are_counted_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shared, own = [text_of([n, 1, 2]) for n in range(3)], [text_of([n, 3, 4]) for n in range(40)]
-    (tmp_path / "other").mkdir()
-    other = write_texts(tmp_path / "other", "jsonl", own[:20] + shared)
-    (tmp_path / "mine").mkdir()
-    mine = write_texts(tmp_path / "mine", "jsonl", own[20:] + [f" {text}\n" for text in shared])
-    logging.getLogger("mpruner_dist").propagate = True
+    other = write_texts(tmp_path, "parquet", own[:20] + shared)
+    mine = write_texts(tmp_path, "json", own[20:] + [f" {text}\n" for text in shared])
+    monkeypatch.setattr(logging.getLogger("mpruner_dist"), "propagate", True)
     with caplog.at_level(logging.WARNING, "mpruner_dist"):
-        prepare_data(
-            config_for(tmp_path, validation={"path": str(other)}, test={"path": str(mine)}),
-            tmp_path / "model",
-            tmp_path / "data",
-            tmp_path / "progress.json",
-        )
+        config = config_for(tmp_path, validation={"path": str(other)}, test={"path": str(mine)})
+        prepare(config, tmp_path / "model", tmp_path / "data")
     parts = json.loads((tmp_path / "data" / "data.json").read_text())["parts"]
     assert parts["test"]["records_also_in"] == {"calibration": 0, "validation": 3}
     assert "3 records of data.test also stand in data.validation" in caplog.text
@@ -292,13 +287,13 @@ def test_too_little_text_is_told_with_both_counts(tmp_path: Path) -> None:
     path = config.data.test.path
     less = config_for(tmp_path, calibration={"path": path, "take": [0, 0.2]})
     with pytest.raises(UserError, match=r"data\.calibration: .*take \[0\.0, 0\.2\] gives 10 blocks of 8 tokens, 12 n"):
-        prepare_data(less, tmp_path / "model", tmp_path / "data", tmp_path / "progress.json")
+        prepare(less, tmp_path / "model", tmp_path / "data")
     none = config_for(tmp_path, test={"path": path, "take": [0.99, 1]})
     with pytest.raises(UserError, match=r"data\.test: .* gives 0 blocks of 8 tokens, 1 needed"):
-        prepare_data(none, tmp_path / "model", tmp_path / "data", tmp_path / "progress.json")
+        prepare(none, tmp_path / "model", tmp_path / "data")
 
 
 def test_a_folder_without_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "bare").mkdir()
     with pytest.raises(UserError, match=r"bare holds no tokenizer"):
-        prepare_data(config_for(tmp_path), tmp_path / "bare", tmp_path / "data", tmp_path / "progress.json")
+        prepare(config_for(tmp_path), tmp_path / "bare", tmp_path / "data")

@@ -191,6 +191,7 @@ def test_planted_redundancy_is_found(settings: dict[str, Any], mpruner: Run, tmp
     make_tokenizer(tmp_path / "model")
     settings["model"]["path"] = str(tmp_path / "model")
     settings["data"]["pack"] = False
+    settings["collect"] |= {"batch_size": 6, "samples": 48}
     settings["plan"] = {"method": "anchor", "threshold": 0.99}
     settings["retrain"] = None
     config = write_config(tmp_path / "config.yaml", settings)

@@ -66,8 +66,8 @@ def read_checkpoint(path: Path) -> CheckpointFolder:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index_path} has no weight_map")
     shards: dict[str, Header] = {}
-    for name in sorted(set(weight_map.values())):
-        if Path(name).name != name:
+    for name in sorted(set(weight_map.values()), key=str):
+        if not isinstance(name, str) or Path(name).name != name:
             raise UserError(f"{index_path} names {name!r}, which is not a file of its own folder")
         if not (path / name).is_file():
             raise UserError(f"{path} lacks the shard {name} that its index names; fetch it again")

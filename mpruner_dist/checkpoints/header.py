@@ -15,10 +15,10 @@ from mpruner_dist.errors import UserError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4,
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
     "U32": 32, "I32": 32, "F32": 32,
-    "U64": 64, "I64": 64, "F64": 64,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 
 
@@ -67,11 +67,13 @@ def read_header(path: Path) -> Header:
             content = json.loads(file.read(length))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no safetensors file: its header is not JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is no safetensors file: its header is not a table of tensors")
     metadata = content.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise UserError(f"{path}: the header's __metadata__ is no table; fetch the file again")
     tensors = [_tensor_info(path, name, entry, 8 + length) for name, entry in content.items()]
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
     position = 8 + length
@@ -93,9 +95,9 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
             entry["data_offsets"],
         )
         info = TensorInfo(name, dtype, shape, data_start + int(begin), data_start + int(end))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: the header's entry for {name} is damaged ({error}); fetch the file again") from error
-    if dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise UserError(f"{path}: tensor {name} has the unknown dtype {dtype!r}; known: {', '.join(DTYPE_BITS)}")
     if min(shape, default=0) < 0 or info.num_bytes * 8 != info.num_elements * DTYPE_BITS[dtype]:
         raise UserError(f"{path}: tensor {name} of shape {list(shape)} and dtype {dtype} cannot fill "

@@ -41,16 +41,25 @@ def fill_in(given: Settings, required: Settings, defaults: Settings) -> Settings
     filled = defaults | given
     for key, value in given.items():
         filled[key] = _answer_auto(value, required.get(key, defaults.get(key)), key)
+    if isinstance(filled.get("zero_optimization"), dict):  # the one section of which a user may well write only a part
+        filled["zero_optimization"] = defaults.get("zero_optimization", {}) | filled["zero_optimization"]
     return _merged(filled, required)
 
 
 def _require_agreement(given: Settings, required: Settings, where: str) -> None:
     for key, value in required.items():
-        if isinstance(value, dict):
-            _require_agreement(given.get(key) or {}, value, f"{where}{key}.")
-        elif given.get(key, "auto") not in ("auto", value):
+        known = given.get(key, "auto")
+        if known == "auto":
+            continue
+        if isinstance(value, dict) and not isinstance(known, dict):
             raise UserError(
-                f"the DeepSpeed configuration sets {where}{key} = {given[key]!r}, the run needs {value!r}: write "
+                f"the DeepSpeed configuration sets {where}{key} = {known!r}, it must hold a table of settings"
+            )
+        if isinstance(value, dict):
+            _require_agreement(known, value, f"{where}{key}.")
+        elif known != value:
+            raise UserError(
+                f"the DeepSpeed configuration sets {where}{key} = {known!r}, the run needs {value!r}: write "
                 '"auto" there or change the run\'s configuration'
             )
 

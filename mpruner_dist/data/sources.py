@@ -56,7 +56,7 @@ def _load(source: SourceConfig) -> tuple[Any, str | None]:
         options = {"sample_by": "paragraph"} if kind == "text" else {}
         table = datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
         return table, "\n\n" if kind == "text" else None
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, KeyError, StopIteration, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"cannot read text from {source.path} (split {source.split}): {reason}") from error
 

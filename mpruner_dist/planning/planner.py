@@ -60,11 +60,12 @@ def _partition(
     cka_LL: Floats, config: PlanConfig, protected: set[int], parameters: Sequence[int] | None, other: int
 ) -> Clusters:
     depth = len(cka_LL)
+    least = len(protected | {0})  # the first layer always begins a cluster
     try:
         if config.keep_layers is not None:
             return best_partition(cka_LL, config.keep_layers, protected)
         target, sizes = config.target_parameters or 0, parameters or []
-        for keep in range(depth, max(len(protected), 1) - 1, -1):
+        for keep in range(depth, least - 1, -1):
             clusters = best_partition(cka_LL, keep, protected)
             left = other + sum(sizes[cluster[0]] for cluster in clusters)
             if left <= target:
@@ -72,7 +73,7 @@ def _partition(
     except ValueError as error:
         raise UserError(f"plan.keep_layers: {error}") from error
     raise UserError(
-        f"plan.target_parameters {target:,} cannot be met: with {max(len(protected), 1)} of {depth} layers the model "
+        f"plan.target_parameters {target:,} cannot be met: with {least} of {depth} layers the model "
         f"still has {left:,} parameters"
     )
 

@@ -63,6 +63,7 @@ class RunFolder:
         Raises:
             UserError: the outputs are there, or were begun, from other inputs, and may not be replaced.
         """
+        inputs = json.loads(json.dumps(inputs))  # as the manifest will give them back
         changes = self.changes(name, inputs)
         if changes and not replace:
             listed = "\n".join(f"  {line}" for line in changes)
@@ -120,14 +121,14 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     try:
         content = json.loads(manifest_path.read_text())
-        version, stages = content["version"], content["stages"]
+        version, stages = int(content["version"]), dict(content["stages"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{manifest_path} is not a run's manifest ({error}): give another --run-dir") from error
     if version > MANIFEST_VERSION:
         raise UserError(
             f"{manifest_path} has version {version}, this program reads up to {MANIFEST_VERSION}: upgrade it"
         )
-    return dict(stages)
+    return stages
 
 
 @contextmanager

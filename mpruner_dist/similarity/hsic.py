@@ -68,6 +68,9 @@ def cka_matrix(features: Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError: fewer than 4 samples, unequal numbers of samples, non-finite or constant features.
     """
+    fewest = min(len(feature_ND) for feature_ND in features)
+    if fewest < MIN_SAMPLES:
+        raise ValueError(f"the unbiased HSIC needs {MIN_SAMPLES} samples, got {fewest}")
     if len({len(feature_ND) for feature_ND in features}) > 1:
         raise ValueError(f"all layers need the same samples, got {[len(f) for f in features]}")
     for layer, feature_ND in enumerate(features):

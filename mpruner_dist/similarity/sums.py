@@ -73,7 +73,10 @@ class HsicSums:
         count = len(stacked_BLL)
         if count < 2:
             return np.zeros_like(stacked_BLL[0])
-        without_BLL = np.stack([cka_of(rest_LL) for rest_LL in self.total() - stacked_BLL])
+        try:
+            without_BLL = np.stack([cka_of(rest_LL) for rest_LL in self.total() - stacked_BLL])
+        except StageFailure as error:
+            raise StageFailure(f"too few batches for standard errors; with one of them left out {error}") from error
         spread_BLL = without_BLL - without_BLL.mean(0)
         return np.asarray(np.sqrt((count - 1) / count * (spread_BLL**2).sum(0)))
 
