@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 import threading
 import time
@@ -53,7 +52,7 @@ class ProgressWriter:
             "rate": rate,
             "note": note,
         }
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
         temporary.write_text(json.dumps(state))
         temporary.replace(self.path)
 

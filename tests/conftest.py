@@ -96,7 +96,7 @@ def settings(tiny: Path) -> dict[str, Any]:
         "plan": {"method": "partition", "keep_layers": 6},
         "retrain": {
             "steps": 6, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 1,
-            "save_every": 2, "eval_every": 3,
+            "save_every": 2, "eval_every": 3, "distillation": {"weight": 0.5, "temperature": 2.0},
         },
         "evaluate": {"batch_size": 3, "max_blocks": 10},
         "cluster": {"workers": 1, "device": "cpu", "cpus_per_worker": 1},

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import socket
 import sys
 import time
@@ -15,7 +16,7 @@ import ray
 from ray.train import RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from mpruner_dist.cluster.worker import Job, Worker, failure_note
+from mpruner_dist.cluster.worker import Job, Worker, worker_note
 from mpruner_dist.config import ClusterConfig
 from mpruner_dist.errors import MPrunerError, StageFailure
 from mpruner_dist.logs import ProgressWriter, show_progress
@@ -47,8 +48,6 @@ class RaySession:
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         # Ray hands the interpreter's path to a shell as it is; a space in it would cut it in two.
         runtime_env = {"py_executable": shlex.quote(sys.executable)} if " " in sys.executable else {}
-        # A worker that dies is reported by us, with its rank; Ray's own paragraph on it says no more.
-        os.environ.setdefault("RAY_DEDUP_LOGS", "1")
         for name in ("ray", "ray.train", "ray._private"):
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
@@ -79,7 +78,7 @@ class RaySession:
         self._require_resources(resources)
         for attempt in range(self.config.max_restarts + 1):
             for rank in range(self.config.workers):
-                failure_note(logs, stage, rank).unlink(missing_ok=True)
+                worker_note(logs, stage, rank).unlink(missing_ok=True)
             trainer = TorchTrainer(
                 _run_job,
                 train_loop_config=settings | {"cpus": cpus},
@@ -92,14 +91,15 @@ class RaySession:
             try:
                 with show_progress(logs / "progress.json"):
                     trainer.fit()
+                shutil.rmtree(logs / "ray")  # nothing of ours is in it
                 return
             except TrainingFailedError as error:
                 lost = self._explain(error, stage, logs)
+                # A worker that dies while the group starts leaves its resources reserved; leaving Ray frees them.
+                ray.shutdown()
                 if attempt == self.config.max_restarts:
                     raise StageFailure(f"{lost}; gave up after {attempt} restart(s)") from error
                 log.warning("%s; starting the workers again (%d of %d)", lost, attempt + 1, self.config.max_restarts)
-                # A worker that dies while the group starts leaves its resources reserved; leaving Ray frees them.
-                ray.shutdown()
                 self.connect()
 
     def run_tasks(self, function: Callable[[Item], Result], items: list[Item], progress: Path) -> list[Result]:
@@ -143,20 +143,18 @@ class RaySession:
         if not isinstance(error, WorkerGroupError):
             return f"{stage}: a worker was killed while the workers started ({_first_line(error)})"
         failures: dict[int, Exception] = error.worker_failures
-        notes = {rank: failure_note(logs, stage, rank) for rank in failures}
-        killed = [rank for rank, note in sorted(notes.items()) if not note.exists()]
-        if killed:
-            return (
-                f"{stage}: worker {killed[0]} of {self.config.workers} was killed ({_first_line(failures[killed[0]])})"
-            )
-        told = [json.loads(note.read_text()) for note in notes.values()]
-        first = min(told, key=lambda note: float(note["when"]))
-        rank, cause = first["rank"], failures[first["rank"]]
-        where = f"{stage}: rank {rank} on {first['host']} failed"
+        paths = {rank: worker_note(logs, stage, rank) for rank in sorted(failures)}
+        notes = {rank: json.loads(path.read_text()) if path.exists() else {} for rank, path in paths.items()}
+        for rank, note in notes.items():
+            if "raised" not in note:
+                host = note.get("host", "a host that it had not told yet")
+                return f"{stage}: rank {rank} on {host} was killed ({_first_line(failures[rank])})"
+        rank = min(notes, key=lambda rank: float(notes[rank]["when"]))  # the others only lost their partner
+        where, cause = f"{stage}: rank {rank} on {notes[rank]['host']} failed", failures[rank]
         if isinstance(cause, MPrunerError):
             raise type(cause)(f"{where}: {cause}") from error
         raise StageFailure(
-            f"{where}: {first['type']}: {_first_line(cause)}; its log: {logs / f'{stage}-rank{rank}.log'}"
+            f"{where}: {notes[rank]['raised']}: {_first_line(cause)}; its log: {logs / f'{stage}-rank{rank}.log'}"
         ) from error
 
 

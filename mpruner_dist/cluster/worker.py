@@ -65,15 +65,17 @@ class Worker:
             os.dup2(file.fileno(), sys.stdout.fileno())
             os.dup2(file.fileno(), sys.stderr.fileno())
         self.log(f"{job.__module__}.{job.__name__} on {self.device}, {torch.get_num_threads()} threads")
+        note = worker_note(self.logs, self.stage, self.rank)
+        note.write_text(json.dumps({"host": self.host}))
         try:
             job(self, spec)
         except BaseException as error:
             traceback.print_exc()
-            note = {"rank": self.rank, "host": self.host, "type": type(error).__name__, "when": time.time()}
-            failure_note(self.logs, self.stage, self.rank).write_text(json.dumps(note))
+            note.write_text(json.dumps({"host": self.host, "raised": type(error).__name__, "when": time.time()}))
             raise
+        note.unlink()
 
 
-def failure_note(logs: Path, stage: str, rank: int) -> Path:
-    """Where a worker that raised says so. A worker that was killed leaves none: so the two are told apart."""
-    return logs / f".{stage}-rank{rank}.failed.json"
+def worker_note(logs: Path, stage: str, rank: int) -> Path:
+    """Where a worker says on which host it runs, and what it raised. A killed worker's says nothing of raising."""
+    return logs / f".{stage}-rank{rank}.json"
