@@ -3,10 +3,12 @@
 DeepSpeed is imported where it is used: only workers need it, and importing it takes seconds and looks for accelerators.
 """
 
+import shlex
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.utils import cpp_extension
 
 from mpruner_dist.cluster.settings import Settings
 
@@ -15,6 +17,7 @@ def start_deepspeed(device: torch.device) -> None:
     """Hand DeepSpeed the process group that Ray Train made."""
     import deepspeed
 
+    _allow_spaces_in_library_path()
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
 
 
@@ -22,9 +25,17 @@ def compile_collective() -> None:
     """Compile DeepSpeed's shared-memory collective for CPUs now, once a machine, and not in the first run."""
     from deepspeed.accelerator import get_accelerator
 
+    _allow_spaces_in_library_path()
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is not None:
         builder.load()
+
+
+def _allow_spaces_in_library_path() -> None:
+    """Torch hands the folder of its libraries to the linker through a shell, unquoted; DeepSpeed compiles through it."""
+    path = cpp_extension.TORCH_LIB_PATH
+    if not path.startswith("'"):  # not done before
+        cpp_extension.TORCH_LIB_PATH = shlex.quote(path)
 
 
 def make_engine(model: torch.nn.Module, settings: Settings, parameters: Any = None) -> Any:
