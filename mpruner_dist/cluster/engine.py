@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch.utils import cpp_extension
 
 from mpruner_dist.cluster.settings import Settings
 
@@ -32,7 +31,9 @@ def compile_collective() -> None:
 
 
 def _allow_spaces_in_library_path() -> None:
-    """Torch hands the folder of its libraries to the linker through a shell, unquoted; DeepSpeed compiles through it."""
+    """torch, through which DeepSpeed compiles, hands its library folder to a shell unquoted."""
+    from torch.utils import cpp_extension  # looks for CUDA when it is imported
+
     path = cpp_extension.TORCH_LIB_PATH
     if not path.startswith("'"):  # not done before
         cpp_extension.TORCH_LIB_PATH = shlex.quote(path)
