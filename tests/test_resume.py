@@ -56,6 +56,7 @@ def artefacts(run: Path) -> dict[str, Any]:
     return files | weights | {"evaluation": evaluation}
 
 
+@pytest.mark.timeout(1200)
 def test_killed_at_every_stage_it_ends_the_same(
     settings: dict[str, Any], start: Mpruner, mpruner: Any, tmp_path: Path
 ) -> None:
