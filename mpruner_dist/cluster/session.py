@@ -91,7 +91,7 @@ class RaySession:
             try:
                 with show_progress(logs / "progress.json"):
                     trainer.fit()
-                shutil.rmtree(logs / "ray")  # nothing of ours is in it
+                shutil.rmtree(logs / "ray", ignore_errors=True)  # empty folders of Ray Train: one left does no harm
                 return
             except TrainingFailedError as error:
                 lost = self._explain(error, stage, logs)
