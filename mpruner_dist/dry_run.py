@@ -77,8 +77,8 @@ def _to_write(config: Config, checkpoint: CheckpointFolder, sizes: list[int]) ->
 
 def _collection(config: Config, checkpoint: CheckpointFolder, settings: Settings, depth: int) -> str:
     collect = config.collect
-    candidates = collect.samples * 5 // 4
-    memory = _weights(config, checkpoint, settings) + depth * (candidates**2 * 4 + collect.samples**2 * 8)
+    # two streams of triangles of Gram matrices, and as much again while one is permuted
+    memory = _weights(config, checkpoint, settings) + depth * collect.samples**2 * 4 * 2
     tokens = collect.num_batches * collect.batch_size * config.data.block_size
     turns = math.ceil(collect.num_batches / config.cluster.workers)
     return (

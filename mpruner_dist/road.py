@@ -18,6 +18,7 @@ from mpruner_dist.config import Config, SourceConfig
 from mpruner_dist.errors import UserError
 from mpruner_dist.logs import show_progress
 from mpruner_dist.plan import Plan, format_layers, read_plan
+from mpruner_dist.planning.clusters import open_decisions
 from mpruner_dist.runs.commit import write_json
 from mpruner_dist.runs.digest import digest, file_digest, spot_digest
 from mpruner_dist.runs.folder import Inputs, RunFolder
@@ -88,27 +89,37 @@ class Road:
 
     def collect(self) -> Step:
         """Activations to HSIC sums to `cka.json`, on the workers."""
-        inputs = {
+        inputs: Inputs = {
             "model": self.model_id,
             "dtype": self.config.model.dtype,
             "calibration": self._text("calibration"),
             "collect": self.config.collect.model_dump(exclude={"save_every"}),
         }
+        decisions = None
+        if self.config.collect.until == "settled":
+            plan, z = self.config.plan, self.config.collect.settled_z
+            decisions = partial(open_decisions, threshold=plan.threshold, standard_errors=z)
+            inputs["settled"] = {"measure": plan.measure, "threshold": plan.threshold}
 
         def make() -> None:
             from mpruner_dist.models.blocks import num_layers
             from mpruner_dist.models.loading import read_config
             from mpruner_dist.models.naming import block_prefix
             from mpruner_dist.similarity.collect import collect_job
-            from mpruner_dist.similarity.stage import write_cka
+            from mpruner_dist.similarity.stage import is_settled, write_cka
 
             remote_code = self.config.model.trust_remote_code
             model_config = read_config(self.source, remote_code)
             prefix = block_prefix(self.checkpoint, model_config, remote_code)
             sums = self._work("stats", inputs)
-            self._on_workers("collect", collect_job, blocks=self._blocks("calibration"), sums=sums, model=self.source)
+            measure = self.config.plan.measure
+            self._on_workers(
+                "collect", collect_job, blocks=self._blocks("calibration"), sums=sums, model=self.source,
+                is_settled=partial(is_settled, stream=measure, decisions=decisions) if decisions else None,
+            )  # fmt: skip
             layers = [f"{prefix}.{layer}" for layer in range(num_layers(model_config))]
-            write_cka(sums, layers, self.folder / "cka.json")
+            content = write_cka(sums, layers, self.folder / "cka.json", self.config.collect, measure, decisions)
+            _tell(content)
 
         return inputs, ("cka.json",), make
 
@@ -127,10 +138,11 @@ class Road:
             similarity = json.loads((self.folder / "cka.json").read_text())
             prefix = similarity["layers"][0].rpartition(".")[0]
             sizes = layer_parameters(self.checkpoint, prefix, len(similarity["layers"]))
+            measured = similarity if self.config.plan.measure == "states" else similarity["updates"]
             plan = make_plan(
-                similarity["cka"],
+                measured["cka"],
                 self.config.plan,
-                stderr=similarity["stderr"],
+                stderr=measured["stderr"],
                 parameters=sizes,
                 other_parameters=self.checkpoint.num_parameters - sum(sizes),
             )
@@ -244,6 +256,20 @@ class Road:
     def _on_workers(self, stage: str, job: Any, given: Inputs | None = None, **spec: Any) -> None:
         given = read_deepspeed_config(self.config.cluster.deepspeed) if given is None else given
         self.session.run_workers(job, spec | {"config": self.config, "deepspeed": given}, stage, self.folder.path)
+
+
+def _tell(similarity: Inputs) -> None:
+    """Say what a user should know of `cka.json` before planning by it."""
+    done, asked = similarity["num_batches"], similarity["asked_batches"]
+    if similarity["open"] == []:
+        log.info("  settled after %d of %d batches", done, asked)
+    elif similarity["open"]:
+        log.warning("not settled after all %d batches: %d comparison(s) are open", asked, len(similarity["open"]))
+    if similarity["dominated"]:
+        log.warning(
+            "few %ss dominate the similarity of %s: set collect.normalize true, or lower collect.outlier_norm",
+            similarity["unit"], ", ".join(similarity["dominated"]),
+        )  # fmt: skip
 
 
 def source_digest(source: SourceConfig) -> dict[str, str]:

@@ -82,6 +82,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def settings(tiny: Path) -> dict[str, Any]:
     """A configuration that prunes and retrains the tiny model, as a plain dict that a test may change."""
+    return settings_for(tiny)
+
+
+def settings_for(tiny: Path) -> dict[str, Any]:
+    """The same for a fixture that lives longer than a test."""
     text = str(tiny / "text.jsonl")
     return {
         "model": {"path": str(tiny / "model")},

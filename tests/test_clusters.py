@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpruner_dist.planning.clusters import Clusters, anchor_clusters, best_partition, removed_by_stride
+from mpruner_dist.planning.clusters import (
+    Clusters,
+    anchor_clusters,
+    best_partition,
+    open_decisions,
+    removed_by_stride,
+)
 
 Floats = npt.NDArray[np.float64]
 
@@ -123,3 +129,23 @@ def test_best_partition_sees_what_a_greedy_choice_does_not() -> None:
 def test_an_impossible_number_of_layers_is_refused(keep: int) -> None:
     with pytest.raises(ValueError, match=f"{keep} layers cannot be kept of 4"):
         best_partition(DRIFT, keep, set())
+
+
+def test_open_decisions_are_the_comparisons_within_the_errors() -> None:
+    """With threshold 0.97 the clusters are 0-1 and 2-3: compared were (0, 1), (0, 2) and (2, 3)."""
+    assert anchor_clusters(DRIFT, 0.97) == [[0, 1], [2, 3]]
+
+    def still_open(**errors: float) -> list[tuple[int, int]]:
+        stderr = np.zeros_like(DRIFT)
+        for pair, value in errors.items():
+            stderr[int(pair[1]), int(pair[2])] = value
+        return open_decisions(DRIFT, stderr, 0.97, 2.0)
+
+    assert still_open() == []
+    assert still_open(p01=0.009, p02=0.009, p23=0.009) == []
+    assert still_open(p01=0.011) == [(0, 1)]
+    assert still_open(p02=0.011, p23=0.011) == [(0, 2), (2, 3)]
+    assert still_open(p12=1.0, p03=1.0) == []  # never compared
+    assert still_open(p23=float("nan")) == [(2, 3)]
+    assert open_decisions(DRIFT, np.full_like(DRIFT, np.inf), 0.97, 2.0) == [(0, 1), (0, 2), (2, 3)]
+    assert open_decisions(DRIFT, np.zeros_like(DRIFT), 0.99, 2.0) != []  # exactly at the threshold

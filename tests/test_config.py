@@ -33,10 +33,11 @@ def full() -> dict[str, Any]:
             "test": {"path": text, "name": "raw", "split": "all", "take": [0.8, 1.0]},
         },
         "collect": {
-            "batch_size": 2, "num_batches": 3, "samples": 40, "skip_tokens": 0, "outlier_norm": None,
+            "batch_size": 5, "num_batches": 3, "until": "settled", "settled_z": 3.0, "check_every": 5,
+            "estimator": "biased", "unit": "sequence", "samples": 40, "skip_tokens": 0, "outlier_norm": None,
             "normalize": False, "seed": 4, "save_every": 1,
         },
-        "plan": {"method": "partition", "keep_layers": 20, "protect_first": 2, "protect_last": 0},
+        "plan": {"measure": "updates", "threshold": 0.9, "stride": 2, "protect_first": 2, "protect_last": 0},
         "retrain": {
             "steps": 30, "batch_size": 12, "micro_batch_size": 2, "learning_rate": 3e-5, "min_lr_ratio": 0.0,
             "warmup_steps": 3, "weight_decay": 0.1, "max_grad_norm": 0.5, "zero_stage": 3, "deepspeed": "ds.json",
@@ -116,6 +117,9 @@ def test_every_mistake_comes_back_at_once_with_the_nearest_name(tmp_path: Path) 
         ("model", {"path": None}, "model.path: "),
         ("collect", {"outlier_norm": 1}, "collect.outlier_norm: "),
         ("collect", {"samples": 4.5}, "collect.samples: "),
+        ("collect", {"estimator": "sentence", "unit": "sequence"}, "estimator sentence compares the tokens of a seq"),
+        ("collect", {"unit": "sequence", "batch_size": 3}, "batch_size 3 gives 3 samples of unit sequence, 4 are n"),
+        ("collect", {"until": "settled", "check_every": 3}, "collect.check_every: "),
         ("model", "some/model", "model: "),
         ("model", ["path"], "model: "),
     ],
@@ -156,10 +160,10 @@ def test_batches_must_divide_among_the_workers(tmp_path: Path, workers: int, mic
 
 def test_overrides_are_read_as_yaml_and_make_sections(tmp_path: Path) -> None:
     config = load(
-        tmp_path, full(), "plan.keep_layers=7", "data.test.take=[0.9, 1.0]", "retrain.learning_rate=1e-4",
+        tmp_path, full(), "plan.stride=3", "data.test.take=[0.9, 1.0]", "retrain.learning_rate=1e-4",
         "collect.outlier_norm=3", "model.path=a=b", "evaluate.max_blocks=null", "retrain.distillation=",
     )  # fmt: skip
-    assert config.plan.keep_layers == 7
+    assert config.plan.stride == 3
     assert config.data.test.take == (0.9, 1.0)
     assert config.model.path == "a=b"
     assert config.evaluate.max_blocks is None
@@ -243,3 +247,9 @@ def test_a_configuration_does_not_change(tmp_path: Path) -> None:
         config.collect.samples = 5  # type: ignore[misc]
     with pytest.raises(ValidationError, match="frozen"):
         config.data.test.take = (0.0, 0.5)  # type: ignore[misc]
+
+
+def test_settled_needs_a_threshold_to_compare_with(tmp_path: Path) -> None:
+    content = minimal() | {"collect": {"until": "settled"}, "plan": {"method": "partition", "keep_layers": 3}}
+    assert "which plan.method partition does not use: set plan.method anchor" in refusal(tmp_path, content)
+    assert load(tmp_path, content, "plan.method=anchor", "plan.keep_layers=null").collect.until == "settled"

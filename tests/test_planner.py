@@ -142,3 +142,16 @@ def test_a_given_plan_is_taken_as_it_is(tmp_path: Path) -> None:
         make_plan(near(6), PlanConfig(method="file", file=path))
     with pytest.raises(UserError, match=r"cannot read the plan .*other\.json"):
         make_plan(near(6), PlanConfig(method="file", file=tmp_path / "other.json"))
+
+
+@pytest.mark.parametrize("method", [PlanConfig(measure="updates"), partition(keep_layers=3, measure="updates")])
+def test_an_unknown_similarity_is_never_planned_with(method: PlanConfig) -> None:
+    cka: list[list[Any]] = near(5).tolist()
+    for layer in range(5):
+        cka[2][layer] = cka[layer][2] = None
+    with pytest.raises(UserError, match=r"the CKA of layer 2 is unknown: its updates do not vary.*plan\.measure"):
+        make_plan(cka, method)
+    broken = near(5)
+    broken[1, 3] = np.inf
+    with pytest.raises(UserError, match=r"not finite: collect again"):
+        make_plan(broken, method)

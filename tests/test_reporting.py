@@ -38,7 +38,16 @@ def make_config(retrain: bool = True, **changes: dict) -> Config:
 def make_run(run: Path, retrain: bool = True) -> Path:
     cka, stderr = similarities(DEPTH)
     names = [f"model.layers.{layer}" for layer in range(DEPTH)]
-    similarity = {"layers": names, "cka": cka.tolist(), "stderr": stderr.tolist(), "num_batches": 4, "num_samples": 99}
+    angles, no_errors = np.abs(np.subtract.outer(np.arange(DEPTH + 1), np.arange(DEPTH + 1))) / 40, [0.01] * DEPTH
+    angles[2, 4] = angles[4, 2] = 0.01
+    measured = {"cka": cka.tolist(), "stderr": stderr.tolist()}
+    similarity = measured | {
+        "layers": names, "num_batches": 4, "asked_batches": 8, "num_samples": 99, "unit": "token", "open": None,
+        "estimator": "of some kind", "updates": measured, "block_influence": [0.5, 0.04, 0.03, 0.02, 0.01, 0.6],
+        "block_influence_stderr": no_errors, "angular_distance": angles.tolist(),
+        "angular_distance_stderr": (angles / 100).tolist(), "top_share": [0.02] * DEPTH, "dominated": [],
+        "null": {"mean": 0.0013, "quantile": 0.0456, "level": 0.99, "permutations": 4},
+    }  # fmt: skip
     kept = [layer for layer in range(DEPTH) if layer not in DROPPED]
     reasons = {str(layer): {"like": layer - 1, "cka": 0.98, "stderr": 0.001} for layer in DROPPED}
     plan = {"num_layers": DEPTH, "kept": kept, "clusters": [[0], [1, 2], [3, 4], [5]], "reasons": reasons}
@@ -87,7 +96,9 @@ def test_the_report_has_every_section_in_order_and_the_numbers(tmp_path):
     ) in page
     for expected in ("+100.0 %", "+10.0 %", "0.9800", "± 0.0010", "7 min 05 s", "keep_layers: 4", "fair reference"):
         assert expected in page
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"cka.svg", "neighbours.svg", "losses.svg"}
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        "cka.svg", "updates.svg", "neighbours.svg", "influence.svg", "losses.svg",
+    }  # fmt: skip
 
 
 def test_the_report_is_self_contained_and_names_no_path_of_this_machine(tmp_path):
@@ -146,13 +157,68 @@ def test_the_method_is_told_in_words(tmp_path, plan, words):
 
 def test_a_plan_by_hand_and_a_single_batch(tmp_path):
     run = make_run(tmp_path)
-    edit(run / "cka.json", lambda cka: cka.update(num_batches=1, stderr=np.zeros((DEPTH, DEPTH)).tolist()))
+    unknown = dict.fromkeys(("stderr", "block_influence_stderr", "angular_distance_stderr"))
+    edit(run / "cka.json", lambda cka: cka.update(num_batches=1, updates=cka["updates"] | {"stderr": None}, **unknown))
     edit(run / "plan.json", lambda plan: plan.update(clusters=[], reasons={"4": {"like": 3, "cka": 0.98}}))
     write_report(run, make_config(), STAGES)
     page = (run / "report.html").read_text()
     assert "not stated" in page
     assert "a single batch has no spread" in page
     assert "± 0" not in page
+
+
+def test_the_report_tells_everything_that_one_pass_measured(tmp_path):
+    write_report(make_run(tmp_path), make_config(plan={"method": "anchor"}), STAGES)
+    page = html.unescape((tmp_path / "report.html").read_text())
+    for expected in (
+        "<td>3</td><td>0.0200 ± 0.0100</td><td>0.9802 ± 0.0010</td><td>0.9802 ± 0.0010</td><td>2.0%</td>",
+        "<td>2</td><td>2-3</td><td>0.0100 ± 0.0001</td>",
+        "CKA is 0.0013 on average and below 0.0456 in 99%",
+        "would score 0.0013 on average and\nless than 0.0456 in 99\xa0% of the pairs",
+        "estimator: linear CKA, of some kind",
+    ):
+        assert expected in page
+    assert "dominate" not in page
+
+
+def test_the_saving_of_a_settled_collection_is_told(tmp_path):
+    config = make_config(plan={"method": "anchor"}, collect={"until": "settled", "settled_z": 2.5})
+    run = make_run(tmp_path)
+    edit(run / "cka.json", lambda cka: cka.update(open=[]))
+    write_report(run, config, STAGES)
+    for name in ("report.html", "pruned/README.md"):
+        text = (run / name).read_text()
+        assert "settled after 4 of 8 batches: every comparison of the clusters lies more than 2.5 standard" in text
+        assert "50% of the work was saved" in text
+    edit(run / "cka.json", lambda cka: cka.update(open=[[0, 2], [3, 4]], num_batches=8))
+    write_report(run, config, STAGES)
+    assert (
+        "not settled after all 8 batches: the CKA of layers 0 and 2, 3 and 4 lies" in (run / "report.html").read_text()
+    )
+
+
+def test_layers_where_few_tokens_dominate_are_named(tmp_path):
+    run = make_run(tmp_path)
+    names = [f"model.layers.{layer}" for layer in (2, 3, 5)]
+    edit(run / "cka.json", lambda cka: cka.update(dominated=names, top_share=[0.02, 0.02, 0.3, 0.93, 0.02, 0.5]))
+    write_report(run, make_config(), STAGES)
+    page = (run / "report.html").read_text()
+    assert "In layers 2-3, 5 few tokens dominate: the largest one in a hundred tokens of a batch hold up to 93%" in page
+
+
+def test_updates_that_do_not_vary_are_unknown(tmp_path):
+    run = make_run(tmp_path)
+
+    def idle(cka):
+        for matrix in cka["updates"].values():
+            for layer in range(DEPTH):
+                matrix[1][layer] = matrix[layer][1] = None
+
+    edit(run / "cka.json", idle)
+    write_report(run, make_config(), STAGES)
+    page = html.unescape((run / "report.html").read_text())
+    assert "<td>0.9802 ± 0.0010</td><td>unknown</td>" in page
+    assert ">nan" not in page
 
 
 def test_the_model_card_can_be_read_by_the_hub(tmp_path):

@@ -4,13 +4,15 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from conftest import Mpruner, write_config
+from conftest import Mpruner, make_text, settings_for, write_config
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.ray
@@ -90,17 +92,46 @@ def test_killed_at_every_stage_it_ends_the_same(
     assert alive == []
 
 
-def test_a_worker_killed_while_it_collects_goes_on_from_the_saved_sums(
-    settings: dict[str, Any], start: Mpruner, mpruner: Any, tmp_path: Path
+@pytest.fixture(scope="module")
+def many_batches(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The configuration of a longer collection, and the `cka.json` of one worker that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("many")
+    settings = settings_for(tiny)
+    settings["collect"] |= {"num_batches": 400, "save_every": 1}
+    settings["retrain"] = None
+    make_text(folder / "text.jsonl", records=3000)
+    for part in ("calibration", "train", "validation", "test"):
+        settings["data"][part]["path"] = str(folder / "text.jsonl")
+    config = write_config(folder / "config.yaml", settings)
+    command = [sys.executable, "-m", "mpruner_dist", "collect", config, "--run-dir", folder / "one"]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    return config, json.loads((folder / "one" / "cka.json").read_text())
+
+
+def test_begun_with_two_workers_and_ended_with_three(
+    many_batches: tuple[Path, dict[str, Any]], start: Mpruner, mpruner: Any, tmp_path: Path
 ) -> None:
-    """Two workers; one is killed in the middle; the matrix is that of an undisturbed run with one."""
-    settings["collect"] |= {"num_batches": 60, "save_every": 1}
-    config = write_config(tmp_path / "config.yaml", settings)
-    code, output = mpruner("collect", config, "--run-dir", tmp_path / "one")
+    """The driver is killed in the middle; every number is that of an undisturbed run with one worker."""
+    config, undisturbed = many_batches
+    process = start("collect", config, "--run-dir", tmp_path / "two", "--set", "cluster.workers=2")
+    wait_for(lambda: list((tmp_path / "two").glob("stats/*/from-*.safetensors")), process)
+    agents = kill_driver(process)
+    saved = {path: path.stat().st_mtime_ns for path in tmp_path.glob("two/stats/*/from-*.safetensors")}
+    assert 0 < len(saved) < 400
+    code, output = mpruner("collect", config, "--run-dir", tmp_path / "two", "--set", "cluster.workers=3")
     assert code == 0, output
-    settings["cluster"]["workers"] = 2
-    config = write_config(tmp_path / "config.yaml", settings)
-    process = start("collect", config, "--run-dir", tmp_path / "two")
+    assert all(path.stat().st_mtime_ns == when for path, when in saved.items())
+    assert json.loads((tmp_path / "two" / "cka.json").read_text()) == undisturbed
+    _, alive = psutil.wait_procs(agents, timeout=120)
+    assert alive == []
+
+
+def test_a_worker_killed_while_it_collects_goes_on_from_the_saved_sums(
+    many_batches: tuple[Path, dict[str, Any]], start: Mpruner, tmp_path: Path
+) -> None:
+    """Two workers; one is killed in the middle; every number is that of an undisturbed run with one."""
+    config, undisturbed = many_batches
+    process = start("collect", config, "--run-dir", tmp_path / "two", "--set", "cluster.workers=2")
     wait_for(lambda: list((tmp_path / "two").glob("stats/*/from-*.safetensors")), process)
     workers = [
         child
@@ -111,7 +142,6 @@ def test_a_worker_killed_while_it_collects_goes_on_from_the_saved_sums(
     workers[0].kill()
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    assert re.search(r"collect: rank \d on \S+ was killed", output)
+    assert re.search(r"collect: rank \d on \S+ was killed at batch \d+ ", output)
     assert "starting the workers again (1 of 2)" in output
-    one, two = (json.loads((tmp_path / name / "cka.json").read_text()) for name in ("one", "two"))
-    assert one == two
+    assert json.loads((tmp_path / "two" / "cka.json").read_text()) == undisturbed

@@ -42,7 +42,8 @@ OWNERS = {
     "jinja2": {"reporting"},
 }
 NO_TORCH = {"errors", "logs", "config", "config_file", "plan", "runs", "checkpoints.folder", "checkpoints.header",
-            "planning", "similarity.sums", "similarity.stage", "reporting", "road", "pipeline", "cli"}  # fmt: skip
+            "planning", "similarity.finalise", "similarity.sums", "similarity.stage", "reporting", "road", "pipeline",
+            "cli"}  # fmt: skip
 
 
 def part_of(path: Path) -> str:

@@ -5,17 +5,14 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from mpruner_dist.errors import StageFailure, UserError
-from mpruner_dist.similarity.stage import write_cka
-from mpruner_dist.similarity.sums import HsicSums, cka_of
-
-Floats = npt.NDArray[np.float64]
+from mpruner_dist.similarity.finalise import cka
+from mpruner_dist.similarity.sums import BatchSums, Floats, Terms
 
 
 def batch_hsic(batch: int, layers: int = 4) -> Floats:
@@ -25,18 +22,22 @@ def batch_hsic(batch: int, layers: int = 4) -> Floats:
     return half @ half.T * 10.0 ** draw.uniform(-3, 3)
 
 
-def sums_of(batches: list[int]) -> HsicSums:
-    sums = HsicSums()
+def batch_terms(batch: int) -> Terms:
+    return {"states.hsic": batch_hsic(batch), "samples": np.array(100.0 + batch)}
+
+
+def sums_of(batches: list[int]) -> BatchSums:
+    sums = BatchSums()
     for batch in batches:
-        sums.update(batch, batch_hsic(batch), 100 + batch)
+        sums.update(batch, batch_terms(batch))
     return sums
 
 
-def assert_same(one: HsicSums, other: HsicSums) -> None:
-    assert one.total().tobytes() == other.total().tobytes()
-    assert one.cka().tobytes() == other.cka().tobytes()
-    assert one.stderr().tobytes() == other.stderr().tobytes()
-    assert one.samples == other.samples
+def bits(sums: BatchSums) -> list[bytes]:
+    """Everything that is made of sums, to the last bit."""
+    total, spread = sums.total(), sums.jackknife(cka)
+    assert spread is not None
+    return [*(total[name].tobytes() for name in sorted(total)), cka(total).tobytes(), spread.tobytes()]
 
 
 def test_the_order_of_plain_addition_would_show() -> None:
@@ -54,10 +55,10 @@ def test_merging_in_any_division_and_order_gives_the_same_bits(count: int, worke
     shares: list[list[int]] = [[] for _ in range(workers)]
     for batch in batches:
         draw.choice(shares).append(batch)
-    merged = HsicSums()
+    merged = BatchSums()
     for share in draw.sample(shares, workers):
         merged.merge(sums_of(draw.sample(share, len(share))))
-    assert_same(merged, sums_of(sorted(batches)))
+    assert bits(merged) == bits(sums_of(sorted(batches)))
 
 
 @settings(deadline=None, max_examples=30)
@@ -69,26 +70,20 @@ def test_any_number_of_restarts_gives_the_same_bits(count: int, restarts: int, s
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for begin, end in zip([0, *cuts], [*cuts, count], strict=True):
-            done = HsicSums.load(folder)  # what an attempt after a restart sees
-            assert sorted(done.hsic) == sorted(order[:begin])
+            done = BatchSums.load(folder)  # what an attempt after a restart sees
+            assert sorted(done.terms) == sorted(order[:begin])
             if order[begin:end]:
                 sums_of(order[begin:end]).save(folder)
-        assert_same(HsicSums.load(folder), sums_of(list(range(count))))
+        assert bits(BatchSums.load(folder)) == bits(sums_of(list(range(count))))
 
 
 def test_a_folder_without_files_is_empty(tmp_path: Path) -> None:
-    assert HsicSums.load(tmp_path).hsic == {}
+    assert BatchSums.load(tmp_path).terms == {}
+    assert BatchSums().total() == {}
 
 
-def test_cka_is_the_ratio_of_the_sums() -> None:
-    sums = sums_of(list(range(6)))
-    total = np.sum([batch_hsic(batch) for batch in range(6)], axis=0)
-    for i in range(4):
-        for j in range(4):
-            expected = total[i, j] / (total[i, i] * total[j, j]) ** 0.5
-            assert sums.cka()[i, j] == pytest.approx(expected, rel=1e-12)
-    assert (np.diagonal(sums.cka()) == 1).all()
-    assert (sums.cka() == sums.cka().T).all()
+def test_the_batches_before_an_end_are_those_of_a_shorter_run() -> None:
+    assert bits(sums_of([4, 0, 7, 2, 1]).before(4)) == bits(sums_of([0, 1, 2]))
 
 
 def test_stderr_is_a_jackknife_written_out() -> None:
@@ -99,26 +94,51 @@ def test_stderr_is_a_jackknife_written_out() -> None:
         values.append(total / np.sqrt(np.outer(np.diagonal(total), np.diagonal(total))))
     mean = sum(values) / len(values)
     variance = sum((value - mean) ** 2 for value in values) * (len(batches) - 1) / len(batches)
-    np.testing.assert_allclose(sums_of(batches).stderr(), np.sqrt(variance), rtol=1e-9, atol=1e-14)
-    assert (sums_of(batches).stderr()[~np.eye(4, dtype=bool)] > 0).all()
+    spread = sums_of(batches).jackknife(cka)
+    assert spread is not None
+    np.testing.assert_allclose(spread, np.sqrt(variance), rtol=1e-9, atol=1e-14)
+    assert (spread[~np.eye(4, dtype=bool)] > 0).all()
 
 
-def test_stderr_of_one_batch_is_zero() -> None:
-    assert (sums_of([3]).stderr() == np.zeros((4, 4))).all()
+def test_the_jackknife_of_a_mean_is_its_textbook_error() -> None:
+    values = np.random.default_rng(1).standard_normal(12)
+    sums = BatchSums()
+    for batch, value in enumerate(values):
+        sums.update(batch, {"value": np.array(value), "count": np.array(1.0)})
+    spread = sums.jackknife(lambda total: np.asarray(total["value"] / total["count"]))
+    np.testing.assert_allclose(spread, values.std(ddof=1) / 12**0.5, rtol=1e-12)
 
 
-@pytest.mark.parametrize("value", [0.0, -1e-9, float("nan")])
-def test_a_self_hsic_that_is_not_positive_names_its_layer(value: float) -> None:
-    hsic = batch_hsic(0)
-    hsic[2, 2] = value
-    with pytest.raises(StageFailure, match=r"the HSIC of layer 2 with itself is .*collect\.samples"):
-        cka_of(hsic)
+def test_the_stderr_of_one_batch_is_unknown() -> None:
+    assert sums_of([3]).jackknife(cka) is None
+
+
+def test_a_layer_that_needs_every_batch_has_no_stderr() -> None:
+    """Without the last batch its HSIC is negative: no number is made up for that."""
+    sums = sums_of([0])
+    for batch, value in ((1, -1.0), (2, 100.0)):
+        hsic = batch_hsic(0).copy()
+        hsic[2, 2] = value * hsic[2, 2] * 1.5
+        sums.update(batch, {"states.hsic": hsic, "samples": np.array(8.0)})
+    assert np.isfinite(cka(sums.total())).all()
+    with pytest.raises(StageFailure, match=r"too few batches for standard errors.*the HSIC of layer 2 with itself"):
+        sums.jackknife(cka)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_term_that_is_not_finite_is_never_counted(value: float) -> None:
+    sums = sums_of([1])
+    terms = batch_terms(2)
+    terms["states.hsic"][0, 3] = value
+    with pytest.raises(ValueError, match=r"batch 2: states\.hsic is not finite"):
+        sums.update(2, terms)
+    assert sorted(sums.terms) == [1]
 
 
 def test_a_batch_counts_once() -> None:
     sums = sums_of([1, 2])
     with pytest.raises(ValueError, match="batch 2 is counted already"):
-        sums.update(2, batch_hsic(2), 100)
+        sums.update(2, batch_terms(2))
     with pytest.raises(ValueError, match="batch 1 is counted already"):
         sums.merge(sums_of([5, 1]))
 
@@ -126,8 +146,8 @@ def test_a_batch_counts_once() -> None:
 def test_a_batch_in_two_files_is_refused_by_the_name_of_the_file(tmp_path: Path) -> None:
     sums_of([1, 4]).save(tmp_path)
     sums_of([2, 4]).save(tmp_path)
-    with pytest.raises(UserError, match=r"from-00000002\.safetensors.*batch 4 is counted already.*delete that file"):
-        HsicSums.load(tmp_path)
+    with pytest.raises(UserError, match=r"from-00000002\.safetensors are damaged.*batch 4 is counted alr.*delete that"):
+        BatchSums.load(tmp_path)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1], ids=["empty", "no header", "part of the header", "last byte gone"])
@@ -137,26 +157,19 @@ def test_a_damaged_file_is_named(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "from-00000002.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match=r"from-00000002\.safetensors are damaged"):
-        HsicSums.load(tmp_path)
+        BatchSums.load(tmp_path)
 
 
-def test_a_file_without_its_tensors_is_named(tmp_path: Path) -> None:
-    save_file({"batches": np.array([1, 2])}, tmp_path / "from-00000001.safetensors")
-    with pytest.raises(UserError, match=r"from-00000001\.safetensors are damaged"):
-        HsicSums.load(tmp_path)
-    tensors = {"batches": np.array([1, 2]), "samples": np.array([4]), "hsic": np.ones((2, 3, 3))}
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"states.hsic": np.ones((2, 3, 3))},
+        {"batches": np.array([1, 2]), "samples": np.array([4.0]), "states.hsic": np.ones((2, 3, 3))},
+        {"batches": np.array([1, 2]), "states.hsic": np.full((2, 3, 3), np.nan)},
+    ],
+    ids=["no batch ids", "too few entries", "not finite"],
+)
+def test_a_file_with_the_wrong_content_is_named(tmp_path: Path, tensors: dict[str, Floats]) -> None:
     save_file(tensors, tmp_path / "from-00000001.safetensors")
     with pytest.raises(UserError, match=r"from-00000001\.safetensors are damaged"):
-        HsicSums.load(tmp_path)
-
-
-def test_write_cka_reduces_the_folder_to_one_file(tmp_path: Path) -> None:
-    sums_of([2, 0]).save(tmp_path / "stats")
-    sums_of([1]).save(tmp_path / "stats")
-    names = [f"model.layers.{layer}" for layer in range(4)]
-    content = write_cka(tmp_path / "stats", names, tmp_path / "cka.json")
-    expected = sums_of([0, 1, 2])
-    assert content["layers"] == names
-    assert content["cka"] == expected.cka().tolist()
-    assert content["stderr"] == expected.stderr().tolist()
-    assert (content["num_batches"], content["num_samples"]) == (3, 303)
+        BatchSums.load(tmp_path)

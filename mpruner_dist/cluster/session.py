@@ -148,9 +148,9 @@ class RaySession:
         for rank, note in notes.items():
             if "raised" not in note:
                 host = note.get("host", "a host that it had not told yet")
-                return f"{stage}: rank {rank} on {host} was killed ({_first_line(failures[rank])})"
+                return f"{stage}: rank {rank} on {host} was killed{_at(note)} ({_first_line(failures[rank])})"
         rank = min(notes, key=lambda rank: float(notes[rank]["when"]))  # the others only lost their partner
-        where, cause = f"{stage}: rank {rank} on {notes[rank]['host']} failed", failures[rank]
+        where, cause = f"{stage}: rank {rank} on {notes[rank]['host']} failed{_at(notes[rank])}", failures[rank]
         if isinstance(cause, MPrunerError):
             raise type(cause)(f"{where}: {cause}") from error
         raise StageFailure(
@@ -168,6 +168,10 @@ def _require_listener(address: str) -> None:
 def cpus_here() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def _at(note: dict[str, Any]) -> str:
+    return f" at {note['doing']}" if "doing" in note else ""
 
 
 def _first_line(error: Exception) -> str:

@@ -27,6 +27,7 @@ class Worker:
         self.host = platform.node()
         self.device = torch.device(device_kind, local_rank) if device_kind == "cuda" else torch.device("cpu")
         self._progress: ProgressWriter | None = None
+        self._facts: dict[str, Any] = {"host": self.host}
 
     @property
     def is_first(self) -> bool:
@@ -55,6 +56,10 @@ class Worker:
         if self._progress is not None:
             self._progress.tell(done, note)
 
+    def doing(self, what: str) -> None:
+        """Leave word of what this worker is at, for the message if it is killed."""
+        self._note(doing=what)
+
     def log(self, message: str) -> None:
         """Write a line to this worker's log."""
         sys.stderr.write(f"{time.strftime('%H:%M:%S')} rank {self.rank} on {self.host}: {message}\n")
@@ -65,17 +70,21 @@ class Worker:
             os.dup2(file.fileno(), sys.stdout.fileno())
             os.dup2(file.fileno(), sys.stderr.fileno())
         self.log(f"{job.__module__}.{job.__name__} on {self.device}, {torch.get_num_threads()} threads")
-        note = worker_note(self.logs, self.stage, self.rank)
-        note.write_text(json.dumps({"host": self.host}))
+        self._note()
         try:
             job(self, spec)
         except BaseException as error:
             traceback.print_exc()
-            note.write_text(json.dumps({"host": self.host, "raised": type(error).__name__, "when": time.time()}))
+            self._note(raised=type(error).__name__, when=time.time())
             raise
-        note.unlink()
+        worker_note(self.logs, self.stage, self.rank).unlink()
+
+    def _note(self, **facts: Any) -> None:
+        """Add to the note; what was there stays."""
+        self._facts |= facts
+        worker_note(self.logs, self.stage, self.rank).write_text(json.dumps(self._facts))
 
 
 def worker_note(logs: Path, stage: str, rank: int) -> Path:
-    """Where a worker says on which host it runs, and what it raised. A killed worker's says nothing of raising."""
+    """Where a worker says on which host it runs, what it is at and what it raised. A killed worker's raised nothing."""
     return logs / f".{stage}-rank{rank}.json"

@@ -48,6 +48,12 @@ def hidden_states_of(output: Any) -> torch.Tensor:
     return hidden
 
 
+def input_states_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states [batch, tokens, width] that a block was called with."""
+    hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
 @contextmanager
 def skipped(blocks: torch.nn.ModuleList, layers: list[int]) -> Iterator[None]:
     """Inside, the given blocks pass their input on as if they were not there.
@@ -56,7 +62,7 @@ def skipped(blocks: torch.nn.ModuleList, layers: list[int]) -> Iterator[None]:
     """
 
     def pass_on(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = input_states_of(args, kwargs)
         return hidden if isinstance(output, torch.Tensor) else (hidden, *output[1:])
 
     hooks = [blocks[layer].register_forward_hook(pass_on, with_kwargs=True) for layer in layers]

@@ -21,6 +21,19 @@ def anchor_clusters(cka_LL: Floats, threshold: float) -> Clusters:
     return clusters
 
 
+def open_decisions(
+    cka_LL: Floats, stderr_LL: Floats, threshold: float, standard_errors: float
+) -> list[tuple[int, int]]:
+    """Comparisons (anchor, layer) of the anchor clusters that lie within so many standard errors of the threshold."""
+    clusters = anchor_clusters(cka_LL, threshold)
+    pairs = [
+        (cluster[0], layer)
+        for cluster, after in zip(clusters, [*clusters[1:], []], strict=True)
+        for layer in [*cluster[1:], *after[:1]]  # the layer that begins the next cluster was compared as well
+    ]
+    return [pair for pair in pairs if not abs(cka_LL[pair] - threshold) > standard_errors * stderr_LL[pair]]
+
+
 def removed_by_stride(clusters: Clusters, stride: int, protected: set[int]) -> list[int]:
     """Of each cluster every stride-th layer after the first, unless it is protected."""
     return [layer for cluster in clusters for layer in cluster[1::stride] if layer not in protected]

@@ -31,7 +31,7 @@ def make_plan(
     Args:
         cka: similarity [L, L] of the layers.
         config: method, threshold, budget, protection.
-        stderr: standard errors [L, L] of `cka`, told among the reasons.
+        stderr: standard errors [L, L] of `cka`, told among the reasons; None if unknown.
         parameters: of each layer; needed for `target_parameters`.
         other_parameters: of the model outside its layers.
 
@@ -42,6 +42,11 @@ def make_plan(
     depth = len(cka_LL)
     if config.method == "file":
         return read_plan(config.file or Path(), depth)
+    unknown = np.flatnonzero(~np.isfinite(np.diagonal(cka_LL)))
+    if len(unknown):
+        raise UserError(
+            f"the CKA of layer {unknown[0]} is unknown: its {config.measure} do not vary; choose the other plan.measure"
+        )
     if not np.isfinite(cka_LL).all():
         raise UserError("the CKA matrix holds values that are not finite: collect again")
     protected = {*range(min(config.protect_first, depth)), *range(max(depth - config.protect_last, 0), depth)}

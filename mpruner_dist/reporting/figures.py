@@ -26,7 +26,7 @@ TICKS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.
 
 
 def similarity_figure(cka_LL: Floats, plan: Plan) -> str:
-    """Heat map of CKA; clusters of more than one layer outlined, dropped layers crossed."""
+    """Heat map of CKA, blank where it is NaN; clusters of more than one layer outlined, dropped layers crossed."""
     depth = len(cka_LL)
     distance_LL = np.maximum(1 - cka_LL, SMALLEST_DISTANCE)
     nearest, farthest = _colour_range(distance_LL)
@@ -51,11 +51,12 @@ def similarity_figure(cka_LL: Floats, plan: Plan) -> str:
     return _svg(figure)
 
 
-def neighbours_figure(cka_LL: Floats, stderr_LL: Floats, plan: Plan, threshold: float | None) -> str:
+def neighbours_figure(cka_LL: Floats, stderr_LL: Floats | None, plan: Plan, threshold: float | None) -> str:
     """CKA of each layer with the next, a band of two standard errors, dropped layers and the threshold, if any."""
     depth = len(cka_LL)
     between = np.arange(depth - 1) + 0.5
-    distance, spread = 1 - np.diagonal(cka_LL, 1), 2 * np.diagonal(stderr_LL, 1)
+    distance = 1 - np.diagonal(cka_LL, 1)
+    spread = np.zeros_like(distance) if stderr_LL is None else 2 * np.diagonal(stderr_LL, 1)
     near, middle, far = (np.maximum(d, SMALLEST_DISTANCE) for d in (distance - spread, distance, distance + spread))
     figure, axes = _wide_figure(2.9)
     for layer in plan.dropped:
@@ -80,6 +81,20 @@ def neighbours_figure(cka_LL: Floats, stderr_LL: Floats, plan: Plan, threshold: 
     return _svg(figure)
 
 
+def influence_figure(influence_L: Floats, stderr_L: Floats | None, plan: Plan) -> str:
+    """Block influence of each layer with two standard errors either way; dropped layers in another colour."""
+    figure, axes = _wide_figure(2.5)
+    colours = [RED if layer in plan.dropped else BLUE for layer in range(len(influence_L))]
+    spread = None if stderr_L is None else 2 * stderr_L
+    axes.bar(range(len(influence_L)), influence_L, yerr=spread, color=colours, alpha=0.75, error_kw={"linewidth": 0.8})
+    axes.set_yscale("log")
+    axes.set_xlim(-0.7, len(influence_L) - 0.3)
+    _label_layers(axes.xaxis, len(influence_L), plan.dropped)
+    axes.set_xlabel("layer", fontsize=9)
+    axes.set_ylabel("block influence", fontsize=9)
+    return _svg(figure)
+
+
 def losses_figure(training: Curve, validation: Curve) -> str:
     """Training and validation loss by step."""
     figure, axes = _wide_figure(2.9)
@@ -97,7 +112,8 @@ def losses_figure(training: Curve, validation: Curve) -> str:
 def _colour_range(distance_LL: Floats) -> tuple[float, float]:
     """Smallest and largest 1 - CKA that get a colour of their own: few outliers do not take it from all others."""
     pairs = distance_LL[~np.eye(len(distance_LL), dtype=bool)]
-    nearest, farthest = np.percentile(pairs, [1, 95])
+    known = pairs[np.isfinite(pairs)]
+    nearest, farthest = np.percentile(known, [1, 95]) if len(known) else (SMALLEST_DISTANCE, 1.0)
     return float(nearest), float(max(farthest, 2 * nearest))
 
 

@@ -13,9 +13,17 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mpruner_dist.config import CollectConfig, Config, PlanConfig
+from mpruner_dist.config import Config, PlanConfig
 from mpruner_dist.plan import Plan, format_layers, read_plan
-from mpruner_dist.reporting.figures import losses_figure, neighbours_figure, similarity_figure
+from mpruner_dist.reporting.figures import influence_figure, losses_figure, neighbours_figure, similarity_figure
+from mpruner_dist.reporting.similarity import (
+    LAYER_HEADINGS,
+    WINDOW_HEADINGS,
+    domination,
+    layer_rows,
+    measurement,
+    window_rows,
+)
 from mpruner_dist.reporting.table import (
     HEADINGS,
     duration_text,
@@ -85,8 +93,11 @@ def _facts(run: Path, config: Config, stages: dict[str, dict[str, Any]]) -> Fact
         "kept": format_layers(plan.kept).replace(",", ", "),
         "dropped": format_layers(plan.dropped).replace(",", ", "),
         "choice": _choice(config.plan),
-        "reasons": _reasons(plan, known_spread=similarity["num_batches"] > 1),
-        "measurement": _measurement(similarity, config.collect, config.data.block_size),
+        "reasons": _reasons(plan, known_spread=similarity["stderr"] is not None),
+        "measurement": measurement(similarity, config.collect, config.data.block_size),
+        "domination": domination(similarity),
+        "layer_table": (LAYER_HEADINGS, layer_rows(similarity)),
+        "window_table": (WINDOW_HEADINGS, window_rows(similarity)),
         "training": _training(config, data),
         "repeated": repeated,
         "durations": [(name, duration_text(s["seconds"])) for name, s in stages.items() if s["state"] == "done"],
@@ -111,15 +122,26 @@ def summary(evaluation: dict[str, Any], text: str) -> str:
 
 
 def _draw(facts: Facts, config: Config) -> dict[str, str]:
-    cka_LL, stderr_LL = (np.asarray(facts["similarity"][name], np.float64) for name in ("cka", "stderr"))
+    similarity, plan = facts["similarity"], facts["plan"]
+    planned_by = similarity["updates"] if config.plan.measure == "updates" else similarity
+    cka_LL, updates_LL = (_array(some["cka"]) for some in (similarity, similarity["updates"]))
     threshold = config.plan.threshold if config.plan.method == "anchor" else None
     figures = {
-        "cka": similarity_figure(cka_LL, facts["plan"]),
-        "neighbours": neighbours_figure(cka_LL, stderr_LL, facts["plan"], threshold),
+        "cka": similarity_figure(cka_LL, plan),
+        "updates": similarity_figure(updates_LL, plan),
+        "neighbours": neighbours_figure(_array(planned_by["cka"]), _array(planned_by["stderr"]), plan, threshold),
+        "influence": influence_figure(
+            _array(similarity["block_influence"]), _array(similarity["block_influence_stderr"]), plan
+        ),
     }
     if facts["retrain"]:
         figures["losses"] = losses_figure(facts["retrain"]["loss"], facts["retrain"]["validation_loss"])
     return figures
+
+
+def _array(values: Any) -> Any:
+    """As float64, NaN where JSON says null; None if it says only that."""
+    return None if values is None else np.array(values, np.float64)
 
 
 def _choice(plan: PlanConfig) -> list[str]:
@@ -148,26 +170,6 @@ def _choice(plan: PlanConfig) -> list[str]:
         ends = f"{plan.protect_first} at the start and {plan.protect_last} at the end of the network"
         how.append(f"Layers never removed, whatever their similarity: {ends}.")
     return how
-
-
-def _measurement(similarity: dict[str, Any], collect: CollectConfig, block_size: int) -> list[str]:
-    """How the similarity was measured, one line a fact."""
-    outliers = (
-        f"tokens whose norm in any layer exceeds {collect.outlier_norm:g} times the median of that layer are left out"
-        if collect.outlier_norm is not None
-        else "no token is left out as an outlier"
-    )
-    scale = "is divided by its root mean square" if collect.normalize else "is taken as it is"
-    return [
-        f"{similarity['num_batches']} batches of {collect.batch_size} sequences of {block_size} tokens from the "
-        f"calibration part; {similarity['num_samples']:,} tokens compared in all, {collect.samples} drawn from a batch",
-        f"estimator: linear CKA, {similarity.get('estimator', 'not stated')}",
-        f"positions left out at the start of each sequence: {collect.skip_tokens}; {outliers}",
-        f"each activation vector {scale}",
-        "standard error: jackknife over the batches"
-        if similarity["num_batches"] > 1
-        else "standard error: unknown, a single batch has no spread",
-    ]
 
 
 def _training(config: Config, data: dict[str, Any]) -> list[str]:

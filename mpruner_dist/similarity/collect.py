@@ -1,5 +1,6 @@
-"""The stage `collect`: HSIC sums of every calibration batch, on all workers."""
+"""The stage `collect`: the terms of every calibration batch, on all workers."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,84 +10,131 @@ import torch
 from mpruner_dist.cluster.engine import start_deepspeed
 from mpruner_dist.cluster.settings import inference_settings
 from mpruner_dist.cluster.worker import Worker
-from mpruner_dist.config import Config
-from mpruner_dist.data.blocks import batch_rows, load_blocks, share_of_batches
-from mpruner_dist.errors import StageFailure
+from mpruner_dist.config import CollectConfig, Config
+from mpruner_dist.data.blocks import Blocks, batch_rows, load_blocks, share_of_batches
+from mpruner_dist.errors import StageFailure, UserError
 from mpruner_dist.models.blocks import find_blocks, num_layers
 from mpruner_dist.models.engines import inference_engine
 from mpruner_dist.models.scoring import model_inputs
-from mpruner_dist.similarity.samples import LayerTap, draw_candidates
-from mpruner_dist.similarity.sums import HsicSums
+from mpruner_dist.similarity.samples import draw_samples
+from mpruner_dist.similarity.sums import BatchSums, Terms
+from mpruner_dist.similarity.tap import BatchStatistics, LayerTap
 
 SUM_TOLERANCE = 1e-12  # all-reduce and fold add the same float64 numbers in another order
+IsSettled = Callable[[BatchSums], bool]
 
 
 def collect_job(worker: Worker, spec: dict[str, Any]) -> None:
     """What every worker does: forward passes over its share of the batches that no earlier attempt has saved.
 
-    spec: config (Config), model (Path), blocks (Path), sums (Path), deepspeed (dict).
+    spec: config (Config), model (Path), blocks (Path), sums (Path), deepspeed (dict), is_settled (IsSettled or None).
 
     Raises:
+        UserError: samples that this model does not have.
         StageFailure: the sums that were all-reduced are not those on disk.
     """
     config: Config = spec["config"]
-    blocks, folder = load_blocks(spec["blocks"]), Path(spec["sums"])
-    saved = HsicSums.load(folder)
-    todo = [batch for batch in range(config.collect.num_batches) if batch not in saved.hsic]
-    mine, turns = share_of_batches(todo, worker.rank, worker.world_size)
+    if config.collect.unit in ("image", "patch"):
+        raise UserError(f"collect.unit {config.collect.unit} is for vision models, this one reads text: use token")
+    saved = BatchSums.load(Path(spec["sums"]))
     worker.barrier()  # nobody saves before everybody has looked
-    engine, tap = _prepare(worker, config, spec)
-    total_LL = torch.zeros(tap.num_layers, tap.num_layers, dtype=torch.float64)
-    if worker.is_first and saved.hsic:
-        total_LL += torch.from_numpy(saved.total())
-    fresh = HsicSums()
-    worker.begin_progress("collect", "batches", config.collect.num_batches, len(saved.hsic))
-    for turn in range(turns):
-        batch = mine[turn] if turn < len(mine) else todo[0]
-        hsic_LL, num_samples = _one_batch(worker, config, engine, tap, blocks, batch)
-        if turn < len(mine):
-            total_LL += hsic_LL
-            fresh.update(batch, hsic_LL.numpy(), num_samples)
-        if len(fresh.hsic) >= config.collect.save_every:
-            fresh.save(folder)
-            fresh = HsicSums()
-        worker.tell(min(len(saved.hsic) + (turn + 1) * worker.world_size, config.collect.num_batches))
-    if fresh.hsic:
-        fresh.save(folder)
-    tap.close()
-    reduced_LL = worker.sum_over_workers(total_LL.to(worker.device)).cpu().numpy()
-    if worker.is_first:  # every worker has saved before it took part in the all-reduce
-        _check_sums(reduced_LL, HsicSums.load(folder), config.collect.num_batches)
+    collection = Collection(worker, config, spec, saved)
+    for end in ends_of_windows(config.collect):
+        collection.go_on_to(end)
+        if spec["is_settled"] is not None and collection.is_settled(spec["is_settled"]):
+            break
+    collection.finish()
 
 
-def _prepare(worker: Worker, config: Config, spec: dict[str, Any]) -> tuple[Any, LayerTap]:
-    start_deepspeed(worker.device)
-    settings = inference_settings(spec["deepspeed"], config.cluster.zero_stage, config.model.dtype)
-    engine = inference_engine(settings, Path(spec["model"]), config.model, head=False)
-    _, stack = find_blocks(engine.module, num_layers(engine.module.config))
-    return engine, LayerTap(stack, config.collect)
+def ends_of_windows(config: CollectConfig) -> list[int]:
+    """Numbers of batches after which the workers look whether more are needed: fixed by the configuration alone."""
+    if config.until == "all":
+        return [config.num_batches]
+    return [*range(config.check_every, config.num_batches, config.check_every), config.num_batches]
 
 
-def _one_batch(
-    worker: Worker, config: Config, engine: Any, tap: LayerTap, blocks: Any, batch: int
-) -> tuple[torch.Tensor, int]:
-    rows = blocks.rows(batch_rows(batch, config.collect.batch_size, len(blocks)))
-    inputs = model_inputs(rows, worker.device)
-    tap.begin(batch, draw_candidates(inputs["attention_mask"].cpu(), config.collect, batch))
-    with torch.no_grad():
-        engine(**inputs)
-    return tap.hsic()
+class Collection:
+    """One worker's part of the work."""
+
+    def __init__(self, worker: Worker, config: Config, spec: dict[str, Any], saved: BatchSums) -> None:
+        self.worker, self.config, self.folder, self.saved = worker, config, Path(spec["sums"]), saved
+        self.fresh, self.mine = BatchSums(), BatchSums()
+        self.end = 0
+        start_deepspeed(worker.device)
+        settings = inference_settings(spec["deepspeed"], config.cluster.zero_stage, config.model.dtype)
+        self.blocks: Blocks = load_blocks(spec["blocks"])
+        self.engine = inference_engine(settings, Path(spec["model"]), config.model, head=False)
+        _, stack = find_blocks(self.engine.module, num_layers(self.engine.module.config))
+        self.tap = LayerTap(stack)
+        worker.begin_progress("collect", "batches", config.collect.num_batches, len(saved))
+
+    def go_on_to(self, end: int) -> None:
+        """Do this worker's share of the batches below `end` that nobody has saved, and save it."""
+        worker = self.worker
+        todo = [batch for batch in range(self.end, end) if batch not in self.saved.terms]
+        share, turns = share_of_batches(todo, worker.rank, worker.world_size)
+        for turn in range(turns):
+            if turn < len(share):
+                self.fresh.update(share[turn], self._one_batch(share[turn]))
+            else:  # a turn taken, and not counted, only because ZeRO stage 3 needs everyone
+                self._one_batch(todo[0])
+            if len(self.fresh) >= self.config.collect.save_every:
+                self._save()
+            worker.tell(min(end - len(todo) + (turn + 1) * worker.world_size, end))
+        self._save()
+        self.end = end
+        worker.barrier()  # everyone has saved
+
+    def is_settled(self, is_settled: IsSettled) -> bool:
+        """Whether no more batches are needed: the first worker judges by all that is saved, and tells the others."""
+        yes = self.worker.is_first and is_settled(BatchSums.load(self.folder))
+        return self.worker.sum_over_workers(torch.tensor([float(yes)], device=self.worker.device)).item() > 0
+
+    def finish(self) -> None:
+        """All-reduce the terms and compare them with the saved ones.
+
+        Raises:
+            StageFailure: they differ, or a batch is missing.
+        """
+        self.tap.close()
+        if self.worker.is_first:  # it speaks for earlier attempts
+            self.mine.merge(self.saved)
+        on_disk = BatchSums.load(self.folder)
+        if sorted(on_disk.terms) != list(range(self.end)):
+            raise StageFailure(
+                f"{len(on_disk)} of {self.end} batches are saved although all workers finished: run again"
+            )
+        total = on_disk.total()
+        mine = self.mine.total() or {name: np.zeros_like(value) for name, value in total.items()}
+        flat = torch.cat([torch.from_numpy(mine[name].reshape(-1)) for name in total])
+        reduced = self.worker.sum_over_workers(flat.to(self.worker.device)).cpu().numpy()
+        _check_sums(reduced, total)
+
+    def _one_batch(self, batch: int) -> Terms:
+        collect = self.config.collect
+        self.worker.doing(f"batch {batch}")
+        rows = self.blocks.rows(batch_rows(batch, collect.batch_size, len(self.blocks)))
+        inputs = model_inputs(rows, self.worker.device)
+        samples = draw_samples(inputs["attention_mask"].cpu(), collect, batch)
+        statistics = BatchStatistics(batch, samples, collect, self.tap.layers)
+        self.tap.begin([statistics])
+        with torch.no_grad():
+            self.engine(**inputs)
+        return {name: value.numpy() for name, value in statistics.terms().items()}
+
+    def _save(self) -> None:
+        if len(self.fresh):
+            self.fresh.save(self.folder)
+            self.mine.merge(self.fresh)
+            self.fresh = BatchSums()
 
 
-def _check_sums(reduced_LL: Any, saved: HsicSums, num_batches: int) -> None:
-    if sorted(saved.hsic) != list(range(num_batches)):
-        raise StageFailure(
-            f"{len(saved.hsic)} of {num_batches} batches are saved although all workers finished: run again"
-        )
-    total_LL = saved.total()
-    error = float(np.abs(reduced_LL - total_LL).max() / np.abs(total_LL).max())
-    if not error <= SUM_TOLERANCE:
-        raise StageFailure(
-            f"the all-reduced sums differ from the saved ones by {error:.1e} of their size: a worker's disk or network "
-            "cannot be trusted"
-        )
+def _check_sums(reduced: Any, total: Terms) -> None:
+    for name, value in total.items():
+        here, reduced = reduced[: value.size].reshape(value.shape), reduced[value.size :]
+        error = float(np.abs(here - value).max() / max(np.abs(value).max(), np.finfo(np.float64).tiny))
+        if not error <= SUM_TOLERANCE:
+            raise StageFailure(
+                f"the all-reduced sums of {name} differ from the saved ones by {error:.1e} of their size: a worker's "
+                "disk or network cannot be trusted"
+            )

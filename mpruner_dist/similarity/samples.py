@@ -1,100 +1,90 @@
-"""Which tokens of a batch are compared, and the Gram matrices of their vectors in every layer.
+"""What is compared: tokens, patches, images or whole sequences, and which of them a batch gives.
 
-Shape suffixes: B sequences, T tokens, M candidates, N samples, D features, L layers.
+Shape suffixes: B sequences or images, T tokens or patches, N samples, D features.
 """
 
 import hashlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mpruner_dist.config import CollectConfig
-from mpruner_dist.errors import StageFailure, UserError
-from mpruner_dist.models.blocks import hidden_states_of
-from mpruner_dist.similarity.hsic import MIN_SAMPLES, gram, hsic_of_pairs
+from mpruner_dist.errors import UserError
+from mpruner_dist.similarity.hsic import MIN_SAMPLES
 
-SPARE = 4  # a quarter more candidates than samples, to replace those that turn out to be outliers
+PERMUTATIONS = 4
+"""Shuffles of each batch for the null; each gives all pairs of layers."""
 
 
-def draw_candidates(mask_BT: Tensor, config: CollectConfig, batch: int) -> Tensor:
-    """Positions [M] in the flattened batch, in random order: text only, the first tokens of a sequence left out.
+@dataclass(frozen=True)
+class Samples:
+    """The samples of one batch, in random order."""
+
+    unit: str
+    positions_N: Tensor
+    """Of a token or patch in the flattened batch; of a sequence or image in the batch. int64."""
+    eligible_BT: Tensor
+    """What a sequence is averaged over. bool."""
+    seed: int
+
+    @property
+    def groups_N(self) -> Tensor:
+        """The sequence or image that each sample comes from, int64."""
+        if self.unit in ("token", "patch"):
+            return self.positions_N // self.eligible_BT.shape[1]
+        return self.positions_N
+
+    def take(self, hidden: Tensor) -> Tensor:
+        """Feature vectors [N, D] of the samples, in the dtype of `hidden`.
+
+        Args:
+            hidden: [B, T, D], or [B, D, height, width] as convolutions make it. A patch of the latter is one pixel.
+                An image is all its features in a row, as MPruner takes it; a sequence is the mean of its tokens.
+        """
+        hidden_BTD = hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
+        positions_N = self.positions_N.to(hidden.device)
+        if self.unit == "image":
+            return hidden_BTD[positions_N].flatten(1)
+        if self.unit == "sequence":
+            weights_BT = self.eligible_BT[self.positions_N].to(hidden.device, torch.float32)
+            weights_BT = weights_BT / weights_BT.sum(1, keepdim=True)
+            return torch.einsum("bt,btd->bd", weights_BT, hidden_BTD[positions_N].float())
+        return hidden_BTD.flatten(0, 1)[positions_N]
+
+    def orders(self, num_samples: int) -> Tensor:
+        """Permutations [R, N] of so many samples, for the null."""
+        generator = torch.Generator().manual_seed(self.seed ^ 1)
+        return torch.stack([torch.randperm(num_samples, generator=generator) for _ in range(PERMUTATIONS)])
+
+
+def draw_samples(mask_BT: Tensor, config: CollectConfig, batch: int) -> Samples:
+    """Draw a batch's samples: text only, the first tokens of a sequence left out.
 
     The draw depends on the seed and the batch id alone, never on the worker or the device.
 
+    Args:
+        mask_BT: 1 for text, 0 for padding; all ones for images.
+        config: unit, number, tokens to skip.
+        batch: its global id.
+
     Raises:
-        UserError: fewer positions than samples are asked for.
+        UserError: fewer samples to draw from than are asked for.
     """
     eligible_BT = mask_BT.bool().clone()
     eligible_BT[:, : config.skip_tokens] = False
-    positions = eligible_BT.flatten().nonzero().squeeze(1)
-    if len(positions) < config.samples:
+    if config.unit in ("token", "patch"):
+        positions = eligible_BT.flatten().nonzero().squeeze(1)
+        # a short sentence is all the sample that this estimator knows
+        least = MIN_SAMPLES if config.estimator == "sentence" else config.samples
+    else:
+        positions = eligible_BT.any(1).nonzero().squeeze(1)
+        least = MIN_SAMPLES
+    if len(positions) < least:
         raise UserError(
-            f"calibration batch {batch} has {len(positions)} tokens to draw from, collect.samples is {config.samples}: "
-            "lower it, or raise collect.batch_size"
+            f"calibration batch {batch} has {len(positions)} {config.unit} samples to draw from, {least} are needed: "
+            "lower collect.samples, or raise collect.batch_size"
         )
     seed = int.from_bytes(hashlib.sha256(f"{config.seed}/{batch}".encode()).digest()[:8], "little") >> 1
     order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(seed))
-    return positions[order[: config.samples + config.samples // SPARE]]
-
-
-class LayerTap:
-    """Hooks on the blocks of a decoder; keeps one Gram matrix [M, M] a layer, and drops the activations at once."""
-
-    def __init__(self, blocks: torch.nn.ModuleList, config: CollectConfig) -> None:
-        self.config = config
-        self.num_layers = len(blocks)
-        self.hooks = [block.register_forward_hook(self._tap(layer)) for layer, block in enumerate(blocks)]
-        self.begin(batch=-1, candidates=None)
-
-    def begin(self, batch: int, candidates: Tensor | None) -> None:
-        """Get ready for one forward pass; without candidates, nothing is kept."""
-        self.batch, self.candidates = batch, candidates
-        self.grams: list[Tensor] = []
-        self.clean = torch.ones(0) if candidates is None else torch.ones(len(candidates), dtype=torch.bool)
-
-    def close(self) -> None:
-        """Remove the hooks."""
-        for hook in self.hooks:
-            hook.remove()
-
-    def hsic(self) -> tuple[Tensor, int]:
-        """Unbiased HSIC [L, L], float64, on the CPU, and the number of samples it was made of.
-
-        Raises:
-            StageFailure: the pass did not reach every block once, or too few tokens are left.
-        """
-        if len(self.grams) != self.num_layers:
-            raise StageFailure(f"batch {self.batch}: {len(self.grams)} blocks ran, the model has {self.num_layers}")
-        kept = self.clean.nonzero().squeeze(1)[: self.config.samples]
-        if len(kept) < MIN_SAMPLES:
-            raise StageFailure(
-                f"batch {self.batch}: {len(kept)} tokens are left after the norm outliers, {MIN_SAMPLES} needed: raise "
-                "collect.outlier_norm or collect.samples"
-            )
-        chosen = kept.to(self.grams[0].device)
-        gram_LNN = torch.stack([gram_MM[chosen][:, chosen] for gram_MM in self.grams])
-        return hsic_of_pairs(gram_LNN).cpu(), len(kept)
-
-    def _tap(self, layer: int):  # type: ignore[no-untyped-def]
-        def hook(_module: torch.nn.Module, _inputs: object, output: object) -> None:
-            if self.candidates is not None:
-                self._keep(layer, hidden_states_of(output))
-
-        return hook
-
-    def _keep(self, layer: int, hidden_BTD: Tensor) -> None:
-        vectors_MD = hidden_BTD.flatten(0, 1)[self.candidates.to(hidden_BTD.device)].float()  # type: ignore[union-attr]
-        norms_M = vectors_MD.norm(dim=1)
-        finite_M = torch.isfinite(norms_M)
-        if not finite_M.all():
-            share = 1 - finite_M.float().mean().item()
-            raise StageFailure(
-                f"batch {self.batch}: {share:.1%} of the sampled activations of layer {layer} are not finite; nothing "
-                "of this batch was saved. Try model.dtype float32 or bfloat16, and check the checkpoint"
-            )
-        if self.config.outlier_norm is not None:
-            self.clean &= (norms_M <= self.config.outlier_norm * norms_M.median()).cpu()
-        if self.config.normalize:
-            rms_M = norms_M / vectors_MD.shape[1] ** 0.5
-            vectors_MD = vectors_MD / rms_M.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-        self.grams.append(gram(vectors_MD))
+    return Samples(config.unit, positions[order[: config.samples]], eligible_BT, seed)

@@ -1,11 +1,10 @@
-"""The mergeable statistic: HSIC of all pairs of layers, per batch. No torch, no processes.
+"""The mergeable statistic: named terms of every batch, all of them additive. No torch, no processes.
 
 Merging is a union of batches, and every reduction adds them in the order of their ids: whoever computed which batch,
 and however often the work was interrupted, the result is the same to the last bit.
-
-Shape suffixes: L layers, B batches.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -18,25 +17,31 @@ from mpruner_dist.errors import StageFailure, UserError
 from mpruner_dist.runs.commit import write_bytes
 
 Floats = npt.NDArray[np.float64]
+Terms = dict[str, Floats]
+BATCH_IDS = "batches"  # the one tensor of a file that is not a term
 
 
 @dataclass
-class HsicSums:
-    """Per batch: the unbiased HSIC [L, L] in float64, and how many samples it was made of."""
+class BatchSums:
+    """Per batch: its terms by name, float64. Every batch has the same names and shapes."""
 
-    hsic: dict[int, Floats] = field(default_factory=dict)
-    samples: dict[int, int] = field(default_factory=dict)
+    terms: dict[int, Terms] = field(default_factory=dict)
 
-    def update(self, batch: int, hsic_LL: Floats, num_samples: int) -> None:
+    def __len__(self) -> int:
+        return len(self.terms)
+
+    def update(self, batch: int, terms: Terms) -> None:
         """Add a batch.
 
         Raises:
-            ValueError: it is there already.
+            ValueError: it is there already, or a term is not finite.
         """
-        if batch in self.hsic:
+        if batch in self.terms:
             raise ValueError(f"batch {batch} is counted already")
-        self.hsic[batch] = np.asarray(hsic_LL, np.float64)
-        self.samples[batch] = num_samples
+        strange = [name for name, value in terms.items() if not np.isfinite(value).all()]
+        if strange:
+            raise ValueError(f"batch {batch}: {strange[0]} is not finite")
+        self.terms[batch] = {name: np.asarray(value, np.float64) for name, value in terms.items()}
 
     def merge(self, other: Self) -> None:
         """Add the batches of another.
@@ -44,50 +49,49 @@ class HsicSums:
         Raises:
             ValueError: a batch is in both.
         """
-        for batch, hsic_LL in other.hsic.items():
-            self.update(batch, hsic_LL, other.samples[batch])
+        for batch, terms in other.terms.items():
+            self.update(batch, terms)
 
-    def stacked(self) -> Floats:
-        """HSIC [B, L, L] in the order of the batch ids."""
-        return np.stack([self.hsic[batch] for batch in sorted(self.hsic)])
+    def before(self, end: int) -> Self:
+        """The batches with ids below `end`."""
+        return type(self)({batch: terms for batch, terms in self.terms.items() if batch < end})
 
-    def total(self) -> Floats:
-        """Sum [L, L] over the batches, added one after another in the order of their ids."""
-        stacked_BLL = self.stacked()
-        total_LL: Floats = np.zeros_like(stacked_BLL[0])
-        for hsic_LL in stacked_BLL:
-            total_LL += hsic_LL
-        return total_LL
+    def total(self) -> Terms:
+        """Sums over the batches, added one after another in the order of their ids."""
+        total: Terms = {}
+        for batch in sorted(self.terms):
+            for name, value in self.terms[batch].items():
+                total[name] = total[name] + value if name in total else value.copy()
+        return total
 
-    def cka(self) -> Floats:
-        """Minibatch CKA [L, L]: Nguyen, Raghu & Kornblith 2021 (arXiv 2010.15327), equation 3.
+    def jackknife(self, function: Callable[[Terms], Floats]) -> Floats | None:
+        """Standard error of `function(total)` from leaving out one batch after another; None for a single batch.
+
+        Tukey's delete-one jackknife: sqrt((B - 1) / B sum_b (f_b - mean f)^2).
 
         Raises:
-            StageFailure: the HSIC of some layer with itself is not positive.
+            StageFailure: the function has no value without one of the batches.
         """
-        return cka_of(self.total())
-
-    def stderr(self) -> Floats:
-        """Jackknife standard error [L, L] of the CKA over batches; zeros for a single batch, which has no spread."""
-        stacked_BLL = self.stacked()
-        count = len(stacked_BLL)
+        count = len(self.terms)
         if count < 2:
-            return np.zeros_like(stacked_BLL[0])
+            return None
+        total = self.total()
         try:
-            without_BLL = np.stack([cka_of(rest_LL) for rest_LL in self.total() - stacked_BLL])
+            left_out = [
+                function({name: total[name] - value for name, value in self.terms[batch].items()})
+                for batch in sorted(self.terms)
+            ]
         except StageFailure as error:
             raise StageFailure(f"too few batches for standard errors; with one of them left out {error}") from error
-        spread_BLL = without_BLL - without_BLL.mean(0)
-        return np.asarray(np.sqrt((count - 1) / count * (spread_BLL**2).sum(0)))
+        spread = np.stack(left_out) - np.mean(left_out, 0)
+        return np.asarray(np.sqrt((count - 1) / count * (spread**2).sum(0)))
 
     def save(self, folder: Path) -> None:
         """Write to a file of its own, named by its first batch: no two files of a folder hold the same batch."""
-        batches = sorted(self.hsic)
-        tensors = {
-            "batches": np.array(batches, np.int64),
-            "samples": np.array([self.samples[batch] for batch in batches], np.int64),
-            "hsic": self.stacked(),
-        }
+        batches = sorted(self.terms)
+        names = self.terms[batches[0]]
+        tensors = {name: np.stack([self.terms[batch][name] for batch in batches]) for name in names}
+        tensors[BATCH_IDS] = np.array(batches, np.int64)
         write_bytes(folder / f"from-{batches[0]:08d}.safetensors", save(tensors))
 
     @classmethod
@@ -101,31 +105,10 @@ class HsicSums:
         for path in sorted(folder.glob("from-*.safetensors")):
             try:
                 tensors = load_file(path)
-                for batch, num_samples, hsic_LL in zip(
-                    tensors["batches"], tensors["samples"], tensors["hsic"], strict=True
-                ):
-                    sums.update(int(batch), hsic_LL, int(num_samples))
+                for index, batch in enumerate(tensors.pop(BATCH_IDS)):
+                    sums.update(int(batch), {name: stacked[index] for name, stacked in tensors.items()})
             except Exception as error:
                 raise UserError(
                     f"the saved sums {path} are damaged ({error}): delete that file and run again"
                 ) from error
         return sums
-
-
-def cka_of(hsic_LL: Floats) -> Floats:
-    """CKA [L, L] of summed HSIC [L, L].
-
-    Raises:
-        StageFailure: the HSIC of some layer with itself is not positive.
-    """
-    scale_L = np.diagonal(hsic_LL)
-    bad = [layer for layer in range(len(scale_L)) if not scale_L[layer] > 0]
-    if bad:
-        raise StageFailure(
-            f"the HSIC of layer {bad[0]} with itself is {scale_L[bad[0]]:.3g}, it must be positive: its features "
-            "hardly vary over the samples; raise collect.samples or collect.num_batches"
-        )
-    root_L = np.sqrt(scale_L)
-    cka_LL: Floats = hsic_LL / root_L[:, None] / root_L[None, :]
-    np.fill_diagonal(cka_LL, 1.0)
-    return (cka_LL + cka_LL.T) / 2
