@@ -9,13 +9,10 @@ import torch
 
 from mpruner_dist.checkpoints.folder import CheckpointFolder
 from mpruner_dist.checkpoints.header import TensorInfo, build_header
+from mpruner_dist.checkpoints.slices import TORCH_DTYPES
 from mpruner_dist.errors import StageFailure
 from mpruner_dist.runs.commit import disk_errors
 
-TORCH_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 Gather = Callable[[torch.nn.Parameter], AbstractContextManager[object]]
 
 

@@ -31,7 +31,7 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
     settings = inference_settings(spec["deepspeed"], config.cluster.zero_stage, config.model.dtype)
     blocks = load_blocks(spec["blocks"])
     for label, folder in todo.items():
-        engine = inference_engine(settings, folder, config.model)
+        engine = inference_engine(settings, folder, config.model, worker.log)
         worker.begin_progress(f"evaluate {label}", "batches", num_batches(len(blocks), config.evaluate.batch_size))
         score = score_text(worker, engine, blocks, config.evaluate.batch_size, worker.tell)
         if worker.is_first:

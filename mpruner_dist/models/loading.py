@@ -45,8 +45,13 @@ def load_model(
         head: False leaves the projection to the vocabulary out.
         trust_remote_code: run code that lies in the folder.
         partition: a DeepSpeed configuration of ZeRO stage 3: each worker gets its slice of every weight.
+
+    Raises:
+        UserError: a tensor is missing or has the wrong shape; transformers would take random numbers for it.
     """
-    quiet_transformers()
+    problems = key_problems(folder, trust_remote_code, unexpected=False)
+    if problems:
+        raise UserError(f"{folder} does not fit its configuration: {'; '.join(problems[:3])}; fetch it again")
     kind = transformers.AutoModelForCausalLM if head else transformers.AutoModel
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if partition is None:
@@ -65,11 +70,11 @@ def load_model(
     return model.eval()  # type: ignore[no-any-return]
 
 
-def loading_report(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
-    """How a folder's tensors fit the model of its configuration, found out without reading them (meta device).
+def key_problems(folder: Path, trust_remote_code: bool = False, *, unexpected: bool = True) -> list[str]:
+    """Tensors that the model on the meta device lacks or wants in another shape, and those that it does not ask for.
 
-    Returns:
-        `missing_keys`, `unexpected_keys` (names) and `mismatched_keys` (name, shape in the file, shape in the model).
+    Nothing is read. transformers itself compares, so that names which it converts while loading are judged as it will
+    load them.
     """
     quiet_transformers()
     _, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -79,7 +84,14 @@ def loading_report(folder: Path, trust_remote_code: bool = False) -> dict[str, A
         output_loading_info=True,
         trust_remote_code=trust_remote_code,
     )
-    return dict(report)
+    return [
+        *(f"{name} is missing" for name in sorted(report["missing_keys"])),
+        *(
+            f"{name} is {list(found)}, must be {list(asked)}"
+            for name, found, asked in sorted(report["mismatched_keys"])
+        ),
+        *(f"{name} is not asked for" for name in sorted(report["unexpected_keys"]) if unexpected),
+    ]
 
 
 def quiet_transformers() -> None:

@@ -38,14 +38,14 @@ def retrain_job(worker: Worker, spec: dict[str, Any]) -> None:
     start_deepspeed(worker.device)
     settings = training_settings(spec["deepspeed"], retrain, config.model.dtype, worker.world_size)
     pruned = read_checkpoint(Path(spec["pruned"]))
-    model = load_for(settings, pruned.path, config.model)
+    model = load_for(settings, pruned.path, config.model, worker.log)
     model.train()
     parameters = match_names(model, pruned, str(model.base_model_prefix))
     engine = make_engine(model, settings, list(model.parameters()))
     teacher = None
     if retrain.distillation:
         teacher_settings = inference_settings({}, 3 if zero_stage(settings) == 3 else 0, config.model.dtype)
-        teacher = inference_engine(teacher_settings, Path(spec["teacher"]), config.model)
+        teacher = inference_engine(teacher_settings, Path(spec["teacher"]), config.model, worker.log)
     trainer = Trainer(worker, engine, teacher, retrain, Path(spec["work"]))
     trainer.run(load_blocks(spec["train"]), load_blocks(spec["validation"]), config.evaluate.batch_size)
     target = Path(spec["target"])

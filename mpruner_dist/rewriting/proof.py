@@ -9,7 +9,7 @@ import torch
 from mpruner_dist.checkpoints.folder import CheckpointFolder, read_checkpoint
 from mpruner_dist.errors import StageFailure, UserError
 from mpruner_dist.models.blocks import find_blocks, num_layers, skipped
-from mpruner_dist.models.loading import load_model, loading_report
+from mpruner_dist.models.loading import key_problems, load_model
 from mpruner_dist.plan import Plan
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
@@ -55,22 +55,6 @@ def verify_checkpoint(folder: Path, trust_remote_code: bool = False) -> Checkpoi
     if problems:
         raise UserError(f"{folder} does not fit its configuration: {'; '.join(problems)}")
     return checkpoint
-
-
-def key_problems(folder: Path, trust_remote_code: bool = False) -> list[str]:
-    """Tensors that the model on the meta device lacks, does not ask for, or wants in another shape.
-
-    transformers itself compares, so that names which it converts while loading are judged as it will load them.
-    """
-    report = loading_report(folder, trust_remote_code)
-    return [
-        *(f"{name} is missing" for name in sorted(report["missing_keys"])),
-        *(f"{name} is not asked for" for name in sorted(report["unexpected_keys"])),
-        *(
-            f"{name} is {list(found)}, must be {list(asked)}"
-            for name, found, asked in sorted(report["mismatched_keys"])
-        ),
-    ]
 
 
 def _compare_logits(claim: Claim) -> float:

@@ -63,7 +63,7 @@ class Collection:
         start_deepspeed(worker.device)
         settings = inference_settings(spec["deepspeed"], config.cluster.zero_stage, config.model.dtype)
         self.blocks: Blocks = load_blocks(spec["blocks"])
-        self.engine = inference_engine(settings, Path(spec["model"]), config.model, head=False)
+        self.engine = inference_engine(settings, Path(spec["model"]), config.model, worker.log, head=False)
         _, stack = find_blocks(self.engine.module, num_layers(self.engine.module.config))
         self.tap = LayerTap(stack)
         worker.begin_progress("collect", "batches", config.collect.num_batches, len(saved))

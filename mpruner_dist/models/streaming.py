@@ -1,0 +1,116 @@
+"""A model whose weights are divided among the workers, each of which reads its own slices and nothing else."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, rename_source_key
+
+from mpruner_dist.checkpoints.folder import CheckpointFolder, read_checkpoint
+from mpruner_dist.checkpoints.header import TensorInfo
+from mpruner_dist.checkpoints.slices import TORCH_DTYPES, read_slice
+from mpruner_dist.cluster.partition import needs_whole_parameters, partition_parameters
+from mpruner_dist.cluster.settings import Settings
+from mpruner_dist.models.loading import read_config
+
+FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+class CannotStream(Exception):
+    """Why a checkpoint has to be loaded by transformers itself."""
+
+
+def stream_model(folder: Path, dtype: str, settings: Settings, *, head: bool, trust_remote_code: bool) -> Any:
+    """The model in eval mode, its parameters partitioned as DeepSpeed does under ZeRO stage 3.
+
+    Args:
+        folder: a Hugging Face folder.
+        dtype: number type of the weights.
+        settings: a DeepSpeed configuration of stage 3.
+        head: False leaves the projection to the vocabulary out.
+        trust_remote_code: run code that lies in the folder.
+
+    Raises:
+        CannotStream: the tensors are not the parameters as they are, or the settings ask for more.
+    """
+    feature = needs_whole_parameters(settings)
+    if feature:
+        raise CannotStream(f"{feature} is set")
+    checkpoint = read_checkpoint(folder)
+    model = _without_weights(folder, dtype, head, trust_remote_code)
+    _require_plain(model, dtype)
+    tensors = _names_in_model(model, checkpoint)
+    sources = _sources(model, tensors)
+    where = {name: folder / shard for shard, header in checkpoint.shards.items() for name in header.tensors}
+
+    def fill(name: str, begin: int, target: torch.Tensor) -> None:
+        read_slice(where[sources[name].name], sources[name], begin, target)
+
+    partition_parameters(model, settings, fill)
+    _read_buffers(model, tensors, where)
+    model.config.use_cache = False
+    return model.eval()
+
+
+def _without_weights(folder: Path, dtype: str, head: bool, trust_remote_code: bool) -> Any:
+    """Parameters on the meta device; buffers real, for some are computed and lie in no file."""
+    kind = transformers.AutoModelForCausalLM if head else transformers.AutoModel
+    config = read_config(folder, trust_remote_code)
+    with init_empty_weights(include_buffers=False):
+        model = kind.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+    model.tie_weights()  # inside, every name was given a parameter of its own
+    return model
+
+
+def _require_plain(model: Any, dtype: str) -> None:
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise CannotStream("its weights are quantised")
+    kept = [name for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict") if getattr(model, name, None)]
+    if kept and dtype != "float32":
+        raise CannotStream(f"it keeps some modules in float32 ({kept[0]})")
+
+
+def _names_in_model(model: Any, checkpoint: CheckpointFolder) -> dict[str, TensorInfo]:
+    """Every tensor by the name that transformers gives it: families rename, and older files leave out a prefix."""
+    changes = get_model_conversion_mapping(model)
+    converters = [change for change in changes if isinstance(change, WeightConverter)]
+    renamings = [change for change in changes if change not in converters]
+    state, renamed = model.state_dict(), {}
+    for name, info in checkpoint.tensors.items():
+        key, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if key not in state and name in state:  # saved under the name it has now
+            key, converter = name, None
+        if converter is not None:
+            raise CannotStream(f"transformers merges or splits tensors such as {name} while it loads")
+        renamed[key] = info
+    return renamed
+
+
+def _sources(model: Any, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensor of each parameter, by the first name of a parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    sources = {}
+    for name, parameter in model.named_parameters():
+        info = next((tensors[tied] for tied in names[id(parameter)] if tied in tensors), None)
+        if info is None:
+            raise CannotStream(f"it has no tensor {name}")
+        if info.shape != tuple(parameter.shape) or info.dtype not in FLOATS:
+            raise CannotStream(f"{info.name} is {info.dtype} {list(info.shape)}, not {list(parameter.shape)}")
+        sources[name] = info
+    return sources
+
+
+def _read_buffers(model: Any, tensors: dict[str, TensorInfo], where: dict[str, Path]) -> None:
+    """Read those buffers of the model's state that lie in the files."""
+    state = model.state_dict()
+    for name, buffer in model.named_buffers():
+        if name in state and name in tensors:
+            info = tensors[name]
+            value = torch.empty(info.num_elements, dtype=TORCH_DTYPES[info.dtype])
+            read_slice(where[info.name], info, 0, value)
+            buffer.copy_(value.view(buffer.shape))
