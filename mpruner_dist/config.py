@@ -213,8 +213,9 @@ class ClusterConfig(_Section):
     """auto takes GPUs when the cluster has one for each worker."""
     cpus_per_worker: Positive | None = None
     """Without it, the CPUs of this machine divided among the workers."""
-    zero_stage: Literal[0, 3] = 0
-    """Collection and evaluation: 0 puts a replica on each worker, 3 divides the weights among them."""
+    zero_stage: Literal["auto", 0, 3] = "auto"
+    """Collection and evaluation: 0 puts a replica on each worker, 3 divides the weights among them; auto takes 0 where
+    the weights fit in a worker's free memory, else 3, on GPUs with the partitions in CPU memory if they must."""
     deepspeed: Path | None = None
     """A DeepSpeed JSON file for collection and evaluation."""
     address: str | None = None

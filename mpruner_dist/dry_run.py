@@ -48,9 +48,11 @@ def describe(config: Config) -> Rows:
                 part: make_part(config, part, text, tokenizer, progress)[0]
                 for part, text in config.data.parts().items()
             }
-    inference = inference_settings(
-        read_deepspeed_config(config.cluster.deepspeed), config.cluster.zero_stage, config.model.dtype
-    )
+    given = read_deepspeed_config(config.cluster.deepspeed)
+    chosen = given.get("zero_optimization", {}).get("stage", config.cluster.zero_stage)
+    # the workers choose by their own memory; what a replica would take is the most that it can be
+    inference = inference_settings(given, 0 if chosen == "auto" else chosen, config.model.dtype)
+    stage = "auto: 0 if the weights fit in a worker's free memory, else 3" if chosen == "auto" else str(chosen)
     if config.plan.file is not None:
         read_plan(config.plan.file, depth)
     return [
@@ -60,7 +62,7 @@ def describe(config: Config) -> Rows:
         ("to read", f"{_bytes(checkpoint.num_bytes)} in {len(checkpoint.shards)} file(s)"),
         ("to write", _to_write(config, checkpoint, sizes)),
         *((f"{part} text", f"{len(made)} blocks, {int(made.lengths.sum()):,} tokens") for part, made in parts.items()),
-        ("workers", f"{config.cluster.workers}, device {config.cluster.device}, ZeRO stage {zero_stage(inference)}"),
+        ("workers", f"{config.cluster.workers}, device {config.cluster.device}, ZeRO stage {stage}"),
         ("collection", _collection(config, checkpoint, inference, depth)),
         *_retraining(config, checkpoint, parts),
         ("evaluation", _evaluation(config, checkpoint, inference, model_config, parts["test"])),

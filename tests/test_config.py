@@ -90,7 +90,7 @@ def test_every_mistake_comes_back_at_once_with_the_nearest_name(tmp_path: Path) 
         "plan.keep_layers: Input should be greater than or equal to 1, got 0",
         "retrain.learning_rate: Input should be a valid number",
         "retrain.distillation.temprature: unknown key; did you mean 'temperature'?",
-        "cluster.zero_stage: Input should be 0 or 3, got 2",
+        "cluster.zero_stage: Input should be 'auto', 0 or 3, got 2",
     ]:
         assert f"  {part}" in message
     assert str(tmp_path / "config.yaml") in message

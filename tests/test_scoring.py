@@ -53,7 +53,7 @@ def naive_nll(logits: Tensor, blocks: Blocks) -> tuple[float, int]:
 
 
 def worker(folder: Path) -> Worker:
-    return Worker(0, 1, 0, "cpu", folder, "evaluate")
+    return Worker(0, 1, 0, 1, "cpu", folder, "evaluate")
 
 
 @settings(deadline=None, max_examples=30)

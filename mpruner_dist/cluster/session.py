@@ -16,7 +16,7 @@ import ray
 from ray.train import RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from mpruner_dist.cluster.worker import Job, Worker, worker_note
+from mpruner_dist.cluster.worker import Job, Worker, said, worker_note
 from mpruner_dist.config import ClusterConfig
 from mpruner_dist.errors import MPrunerError, StageFailure
 from mpruner_dist.logs import ProgressWriter, show_progress
@@ -76,6 +76,7 @@ class RaySession:
         cpus = self.config.cpus_per_worker or max(1, cpus_here() // self.config.workers)
         resources: dict[str, float] = {"CPU": cpus, "GPU": 1} if device == "cuda" else {"CPU": cpus}
         self._require_resources(resources)
+        said(logs, stage).unlink(missing_ok=True)
         for attempt in range(self.config.max_restarts + 1):
             for rank in range(self.config.workers):
                 worker_note(logs, stage, rank).unlink(missing_ok=True)
@@ -92,6 +93,7 @@ class RaySession:
                 with show_progress(logs / "progress.json"):
                     trainer.fit()
                 shutil.rmtree(logs / "ray", ignore_errors=True)  # empty folders of Ray Train: one left does no harm
+                _repeat(said(logs, stage))
                 return
             except TrainingFailedError as error:
                 lost = self._explain(error, stage, logs)
@@ -170,6 +172,14 @@ def cpus_here() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def _repeat(messages: Path) -> None:
+    """Print what the workers said, each once."""
+    if messages.exists():
+        for message in dict.fromkeys(messages.read_text().splitlines()):
+            log.info("  %s", message)
+        messages.unlink()
+
+
 def _at(note: dict[str, Any]) -> str:
     return f" at {note['doing']}" if "doing" in note else ""
 
@@ -192,6 +202,7 @@ def _run_job(settings: dict[str, Any]) -> None:
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         local_rank=context.get_local_rank(),
+        local_workers=context.get_local_world_size(),
         device_kind=settings["device"],
         logs=Path(settings["logs"]),
         stage=settings["stage"],

@@ -92,14 +92,17 @@ def zero_stage(settings: Settings) -> int:
     return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
-def inference_settings(given: Settings, stage: int, dtype: str) -> Settings:
-    """A DeepSpeed configuration for forward passes only; `stage` where the given one does not say.
+def inference_settings(given: Settings, stage: int, dtype: str, *, offload: bool = False) -> Settings:
+    """A DeepSpeed configuration for forward passes only; `stage` and `offload` where the given one does not say.
 
     Raises:
         UserError: a contradiction, or a ZeRO stage that has no meaning without an optimizer.
     """
     required = {"train_micro_batch_size_per_gpu": 1, **dtype_settings(dtype)}
-    settings = fill_in(given, required, {"zero_optimization": {"stage": stage}})
+    zero: Settings = {"stage": stage}
+    if offload:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    settings = fill_in(given, required, {"zero_optimization": zero})
     if zero_stage(settings) not in (0, 3):
         raise UserError(f"collection and evaluation run under ZeRO stage 0 or 3, not {zero_stage(settings)}")
     return settings

@@ -21,8 +21,10 @@ Job = Callable[["Worker", dict[str, Any]], None]
 class Worker:
     """What a job knows of the place where it runs."""
 
-    def __init__(self, rank: int, world_size: int, local_rank: int, device_kind: str, logs: Path, stage: str) -> None:
-        self.rank, self.world_size = rank, world_size
+    def __init__(
+        self, rank: int, world_size: int, local_rank: int, local_workers: int, device_kind: str, logs: Path, stage: str
+    ) -> None:
+        self.rank, self.world_size, self.local_workers = rank, world_size, local_workers
         self.logs, self.stage = logs, stage
         self.host = platform.node()
         self.device = torch.device(device_kind, local_rank) if device_kind == "cuda" else torch.device("cpu")
@@ -39,6 +41,13 @@ class Worker:
         if self.world_size > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
+
+    def least_over_workers(self, *numbers: int) -> list[int]:
+        """The smallest that any worker has of each."""
+        least = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+        return [int(number) for number in least]
 
     def barrier(self) -> None:
         """Wait until every worker is here."""
@@ -59,6 +68,13 @@ class Worker:
     def doing(self, what: str) -> None:
         """Leave word of what this worker is at, for the message if it is killed."""
         self._note(doing=what)
+
+    def say(self, message: str) -> None:
+        """Write to this worker's log what the user shall be told once; the first worker's words reach the driver."""
+        self.log(message)
+        if self.is_first:
+            with said(self.logs, self.stage).open("a") as file:
+                file.write(f"{message}\n")
 
     def log(self, message: str) -> None:
         """Write a line to this worker's log."""
@@ -83,6 +99,11 @@ class Worker:
         """Add to the note; what was there stays."""
         self._facts |= facts
         worker_note(self.logs, self.stage, self.rank).write_text(json.dumps(self._facts))
+
+
+def said(logs: Path, stage: str) -> Path:
+    """Where the first worker of a stage leaves what the driver shall print."""
+    return logs / f".{stage}-said.txt"
 
 
 def worker_note(logs: Path, stage: str, rank: int) -> Path:

@@ -8,12 +8,11 @@ from typing import Any
 
 from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.cluster.engine import start_deepspeed
-from mpruner_dist.cluster.settings import inference_settings
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config
 from mpruner_dist.data.blocks import load_blocks, num_batches
 from mpruner_dist.models.blocks import num_layers
-from mpruner_dist.models.engines import inference_engine
+from mpruner_dist.models.engines import forward_settings, inference_engine
 from mpruner_dist.models.scoring import score_text
 from mpruner_dist.runs.commit import write_json
 
@@ -28,7 +27,8 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
     todo = {label: Path(path) for label, path in spec["models"].items() if not (results / f"{label}.json").exists()}
     worker.barrier()  # nobody writes before everybody has looked
     start_deepspeed(worker.device)
-    settings = inference_settings(spec["deepspeed"], config.cluster.zero_stage, config.model.dtype)
+    # one shape for all models, that of the largest, so that their speeds can be compared
+    settings = forward_settings(worker, spec["deepspeed"], config, Path(spec["models"]["original"]))
     blocks = load_blocks(spec["blocks"])
     for label, folder in todo.items():
         engine = inference_engine(settings, folder, config.model, worker.log)

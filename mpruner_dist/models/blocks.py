@@ -54,6 +54,17 @@ def input_states_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tens
     return hidden
 
 
+def activations_per_token(block: torch.nn.Module) -> int:
+    """Numbers that a forward pass of the block makes of one token: the widths of all its matrices, and the states.
+
+    An upper bound where not all lie in memory at once, and of a mixture of experts by far; attention without a score
+    matrix in memory.
+    """
+    shapes = [getattr(parameter, "ds_shape", parameter.shape) for parameter in block.parameters()]
+    widths = [max(shape) for shape in shapes if len(shape) > 1]
+    return sum(widths) + 4 * max(widths, default=0)
+
+
 @contextmanager
 def skipped(blocks: torch.nn.ModuleList, layers: list[int]) -> Iterator[None]:
     """Inside, the given blocks pass their input on as if they were not there.

@@ -4,11 +4,39 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.cluster.engine import make_engine
-from mpruner_dist.cluster.settings import Settings, zero_stage
-from mpruner_dist.config import ModelConfig
+from mpruner_dist.cluster.settings import Settings, inference_settings, zero_stage
+from mpruner_dist.cluster.shape import choose_shape, free_memory
+from mpruner_dist.cluster.worker import Worker
+from mpruner_dist.config import Config, ModelConfig
 from mpruner_dist.models.loading import load_model
 from mpruner_dist.models.streaming import CannotStream, stream_model
+
+
+def forward_settings(worker: Worker, given: Settings, config: Config, folder: Path) -> Settings:
+    """The DeepSpeed configuration of forward passes of a model, in a shape that fits where nobody asked for one.
+
+    Raises:
+        StageFailure: none fits.
+    """
+    stage = given.get("zero_optimization", {}).get("stage", config.cluster.zero_stage)
+    if stage != "auto":
+        return inference_settings(given, stage, config.model.dtype)
+    width = getattr(torch, config.model.dtype).itemsize
+    free, beside = free_memory(worker.device, worker.local_workers)
+    least = worker.least_over_workers(free, beside or 0)
+    shape = choose_shape(
+        read_checkpoint(folder).num_parameters * width,
+        width,
+        worker.world_size,
+        least[0],
+        None if beside is None else least[1],
+    )
+    worker.say(shape.reason)
+    return inference_settings(given, shape.stage, config.model.dtype, offload=shape.offload)
 
 
 def load_for(

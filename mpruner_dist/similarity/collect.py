@@ -8,13 +8,14 @@ import numpy as np
 import torch
 
 from mpruner_dist.cluster.engine import start_deepspeed
-from mpruner_dist.cluster.settings import inference_settings
+from mpruner_dist.cluster.settings import zero_stage
+from mpruner_dist.cluster.shape import GATHERED_PARAMETERS, ROOM, free_memory
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import CollectConfig, Config
 from mpruner_dist.data.blocks import Blocks, batch_rows, load_blocks, share_of_batches
 from mpruner_dist.errors import StageFailure, UserError
-from mpruner_dist.models.blocks import find_blocks, num_layers
-from mpruner_dist.models.engines import inference_engine
+from mpruner_dist.models.blocks import activations_per_token, find_blocks, num_layers
+from mpruner_dist.models.engines import forward_settings, inference_engine
 from mpruner_dist.models.scoring import model_inputs
 from mpruner_dist.similarity.samples import draw_samples
 from mpruner_dist.similarity.sums import BatchSums, Terms
@@ -61,11 +62,12 @@ class Collection:
         self.fresh, self.mine = BatchSums(), BatchSums()
         self.end = 0
         start_deepspeed(worker.device)
-        settings = inference_settings(spec["deepspeed"], config.cluster.zero_stage, config.model.dtype)
+        settings = forward_settings(worker, spec["deepspeed"], config, Path(spec["model"]))
         self.blocks: Blocks = load_blocks(spec["blocks"])
         self.engine = inference_engine(settings, Path(spec["model"]), config.model, worker.log, head=False)
         _, stack = find_blocks(self.engine.module, num_layers(self.engine.module.config))
         self.tap = LayerTap(stack)
+        self.at_once = self._batches_at_once(stack[0], zero_stage(settings))
         worker.begin_progress("collect", "batches", config.collect.num_batches, len(saved))
 
     def go_on_to(self, end: int) -> None:
@@ -73,14 +75,15 @@ class Collection:
         worker = self.worker
         todo = [batch for batch in range(self.end, end) if batch not in self.saved.terms]
         share, turns = share_of_batches(todo, worker.rank, worker.world_size)
-        for turn in range(turns):
-            if turn < len(share):
-                self.fresh.update(share[turn], self._one_batch(share[turn]))
+        for turn in range(0, turns, self.at_once):
+            group = share[turn : turn + self.at_once]
+            if group:
+                self.fresh.merge(self._forward(group))
             else:  # a turn taken, and not counted, only because ZeRO stage 3 needs everyone
-                self._one_batch(todo[0])
+                self._forward(todo[:1])
             if len(self.fresh) >= self.config.collect.save_every:
                 self._save()
-            worker.tell(min(end - len(todo) + (turn + 1) * worker.world_size, end))
+            worker.tell(min(end - len(todo) + (turn + self.at_once) * worker.world_size, end))
         self._save()
         self.end = end
         worker.barrier()  # everyone has saved
@@ -110,17 +113,43 @@ class Collection:
         reduced = self.worker.sum_over_workers(flat.to(self.worker.device)).cpu().numpy()
         _check_sums(reduced, total)
 
-    def _one_batch(self, batch: int) -> Terms:
+    def _forward(self, batches: list[int]) -> BatchSums:
+        """One forward pass over the sequences of these batches, one batch after another."""
         collect = self.config.collect
-        self.worker.doing(f"batch {batch}")
-        rows = self.blocks.rows(batch_rows(batch, collect.batch_size, len(self.blocks)))
-        inputs = model_inputs(rows, self.worker.device)
-        samples = draw_samples(inputs["attention_mask"].cpu(), collect, batch)
-        statistics = BatchStatistics(batch, samples, collect, self.tap.layers)
-        self.tap.begin([statistics])
+        self.worker.doing(f"batch {', '.join(map(str, batches))}")
+        statistics: list[BatchStatistics] = []
+        rows: list[int] = []
+        for batch in batches:
+            of_batch = batch_rows(batch, collect.batch_size, len(self.blocks))
+            mask = torch.from_numpy(self.blocks.rows(of_batch).mask())
+            statistics.append(BatchStatistics(batch, draw_samples(mask, collect, batch), collect, self.tap.layers))
+            rows += of_batch
+        self.tap.begin(statistics)
         with torch.no_grad():
-            self.engine(**inputs)
-        return {name: value.numpy() for name, value in statistics.terms().items()}
+            self.engine(**model_inputs(self.blocks.rows(rows), self.worker.device))
+        sums = BatchSums()
+        for measured in statistics:
+            sums.update(measured.batch, {name: value.numpy() for name, value in measured.terms().items()})
+        return sums
+
+    def _batches_at_once(self, block: torch.nn.Module, zero_stage: int) -> int:
+        """Batches in one forward pass. Under ZeRO stage 3 each pass gathers every weight: as many as fit.
+
+        With a replica one is as quick as many, and sums that do not depend on the number of workers, to the last bit,
+        need passes that do not.
+        """
+        if zero_stage != 3:
+            return 1
+        config, collect = self.config, self.config.collect
+        width = getattr(torch, config.model.dtype).itemsize
+        tokens = collect.batch_size * self.blocks.ids.shape[1]
+        a_batch = tokens * activations_per_token(block) * width + self.tap.layers * collect.samples**2 * 8
+        free, _ = free_memory(self.worker.device, self.worker.local_workers)
+        room = ROOM * free - GATHERED_PARAMETERS * width
+        turns = -(-collect.num_batches // self.worker.world_size)
+        (most,) = self.worker.least_over_workers(int(min(room // a_batch, turns)))
+        self.worker.log(f"{max(most, 1)} batches in a forward pass")
+        return max(most, 1)
 
     def _save(self) -> None:
         if len(self.fresh):

@@ -1,0 +1,81 @@
+"""How a model lies on the workers for forward passes: whole on each, in partitions, or in partitions in CPU memory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from mpruner_dist.errors import StageFailure
+
+ROOM = 0.8
+"""Share of the free memory that weights may take; the rest is for activations and what comes and goes."""
+GATHERED_PARAMETERS = 1_000_000_000
+"""At most so many are whole on a worker at once under ZeRO stage 3: DeepSpeed's own default."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A ZeRO stage for forward passes, whether partitions lie in CPU memory beside the GPU, and why."""
+
+    stage: int
+    offload: bool
+    reason: str
+
+
+def choose_shape(weights: int, width: int, workers: int, free: int, free_beside: int | None) -> Shape:
+    """The quickest shape that fits.
+
+    Args:
+        weights: bytes of all weights.
+        width: bytes of one.
+        workers: their number.
+        free: bytes of a worker's device that nobody uses, of the worker that has least.
+        free_beside: bytes of CPU memory for a worker on a GPU; None for a worker on CPUs.
+
+    Raises:
+        StageFailure: nothing fits.
+    """
+    here = f"{_bytes(free)} are free for each worker"
+    if weights <= ROOM * free:
+        return Shape(0, False, f"a replica on each worker: the weights take {_bytes(weights)}, {here}")
+    part = -(-weights // workers)
+    gathered = min(weights, GATHERED_PARAMETERS * width)
+    needed = f"the weights take {_bytes(weights)}, a partition {_bytes(part)} and what is gathered {_bytes(gathered)}"
+    if workers > 1 and part + gathered <= ROOM * free:
+        return Shape(3, False, f"partitions (ZeRO stage 3): {needed}, {here}")
+    if free_beside is not None and part <= ROOM * free_beside and gathered <= ROOM * free:
+        beside = f"{_bytes(free_beside)} of CPU memory"
+        return Shape(3, True, f"partitions in CPU memory (ZeRO stage 3, offload_param): {needed}, {here} and {beside}")
+    raise StageFailure(
+        f"the model does not fit: {needed}, {here}. Use more workers or more memory, or name a DeepSpeed "
+        "configuration with offload_param to nvme under cluster.deepspeed"
+    )
+
+
+def free_memory(device: torch.device, local_workers: int) -> tuple[int, int | None]:
+    """Bytes free for this worker on its device; and for a GPU, in the machine's memory beside it."""
+    beside = min(int(psutil.virtual_memory().available), _left_in_control_group()) // local_workers
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0], beside
+    return beside, None
+
+
+def _left_in_control_group() -> int:
+    """Bytes until the limit that Slurm or a container sets, if one does (cgroup v2)."""
+    left = int(psutil.virtual_memory().total)
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    own = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "/")
+    group = Path("/sys/fs/cgroup") / own.lstrip("/")
+    for folder in (group, *group.parents):
+        limit = folder / "memory.max"
+        if limit.is_file() and limit.read_text().strip() != "max":
+            # pages of files are given back before the limit is enforced
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            used = int((folder / "memory.current").read_text()) - int(stat["file"])
+            left = min(left, int(limit.read_text()) - used)
+    return max(left, 0)
+
+
+def _bytes(number: float) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"

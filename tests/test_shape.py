@@ -1,0 +1,46 @@
+"""Which shape is chosen, and why."""
+
+import re
+
+import pytest
+import torch
+
+from mpruner_dist.cluster.shape import choose_shape, free_memory
+from mpruner_dist.errors import StageFailure
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("weights", "workers", "free", "beside", "stage", "offload", "reason"),
+    [
+        (1, 1, 2, None, 0, False, "a replica on each worker: the weights take 1.0 GB, 2.0 GB are free"),
+        (14, 1, 80, 100, 0, False, "a replica"),
+        (14, 2, 16, None, 3, False, r"partitions \(ZeRO stage 3\): the weights take 14.0 GB, a partition 7.0 GB and"),
+        (140, 8, 80, 100, 3, False, "a partition 17.5 GB and what is gathered 2.0 GB, 80.0 GB are free"),
+        (140, 1, 80, 200, 3, True, r"partitions in CPU memory .*80.0 GB are free .* and 200.0 GB of CPU memory"),
+        (140, 4, 24, 60, 3, True, "partitions in CPU memory"),
+    ],
+)  # fmt: skip
+def test_the_quickest_shape_that_fits(
+    weights: int, workers: int, free: int, beside: int | None, stage: int, offload: bool, reason: str
+) -> None:
+    shape = choose_shape(weights * GB, 2, workers, free * GB, beside * GB if beside else None)
+    assert (shape.stage, shape.offload) == (stage, offload)
+    assert re.search(reason, shape.reason)
+
+
+@pytest.mark.parametrize(
+    ("weights", "workers", "free", "beside"), [(14, 1, 16, None), (14, 4, 5, None), (140, 1, 80, 100), (140, 8, 2, 100)]
+)
+def test_nothing_fits(weights: int, workers: int, free: int, beside: int | None) -> None:
+    with pytest.raises(StageFailure, match=rf"does not fit: the weights take {weights}.0 GB.*more workers.*nvme"):
+        choose_shape(weights * GB, 2, workers, free * GB, beside * GB if beside else None)
+
+
+def test_free_memory_of_this_machine_is_shared_by_its_workers() -> None:
+    one, beside = free_memory(torch.device("cpu"), 1)
+    assert beside is None
+    assert 10**8 < one < 10**14
+    four, _ = free_memory(torch.device("cpu"), 4)
+    assert four == pytest.approx(one / 4, rel=0.2)
