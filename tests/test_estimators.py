@@ -15,7 +15,15 @@ from torch import Tensor
 from mpruner_dist.errors import StageFailure, UserError
 from mpruner_dist.similarity.estimators import FEATURE_LIMIT, make_estimator
 from mpruner_dist.similarity.finalise import cka, null_cka, updates_cka
-from mpruner_dist.similarity.hsic import cka_matrix, h_centred, pack, permuted, u_centred, unpack
+from mpruner_dist.similarity.hsic import (
+    cka_matrix,
+    h_centred,
+    pack,
+    permuted_places,
+    products_with_permuted,
+    u_centred,
+    unpack,
+)
 from mpruner_dist.similarity.sums import BatchSums, Floats, Terms
 
 LAYERS, SAMPLES, WIDTH, BATCHES, SEQUENCES = 5, 48, 12, 6, 3
@@ -229,7 +237,9 @@ def test_triangles_hold_the_whole_matrix(n: int, width: int, seed: int) -> None:
     assert pack(k) @ pack(other) == pytest.approx(float((k * other).sum()), rel=1e-10)
     torch.testing.assert_close(unpack(pack(k), n), k)
     order = torch.randperm(n, generator=draw)
-    torch.testing.assert_close(unpack(permuted(pack(k)[None], order)[0], n), k[order][:, order])
+    torch.testing.assert_close(unpack(pack(k)[permuted_places(order)], n), k[order][:, order])
+    product = products_with_permuted(torch.stack([pack(k), pack(other)]), order)
+    assert product[0, 1] == pytest.approx(float((k * other[order][:, order]).sum()), rel=1e-9, abs=1e-9)
 
 
 @settings(deadline=None, max_examples=40)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mpruner_dist.errors import UserError
-from mpruner_dist.similarity.hsic import gram, h_centred, pack, permuted, u_centred, unpack
+from mpruner_dist.similarity.hsic import gram, h_centred, pack, products_with_permuted, u_centred, unpack
 
 FEATURE_LIMIT = 2048
 """Layers times width up to which cross-covariances of all pairs of layers are kept: 34 MB a batch and matrix."""
@@ -83,7 +83,9 @@ class HsicTerms:
         n = len(chosen_N)
         packed_LP = self.part(chosen_N)
         scale = n * (n - 3) if self.debiased else (n - 1) ** 2
-        null_RLL = torch.stack([packed_LP @ permuted(packed_LP, order_N).T for order_N in orders_RN])
+        null_RLL = packed_LP.new_zeros(len(orders_RN), self.layers, self.layers)
+        for index, order_N in enumerate(orders_RN):
+            null_RLL[index] = products_with_permuted(packed_LP, order_N)
         return {"hsic": (packed_LP @ packed_LP.T).double() / scale, "null": null_RLL.double() / scale}
 
 
@@ -111,7 +113,7 @@ class SentenceTerms(HsicTerms):
             sums["count"] += exists_LL
             for index, order_N in enumerate(orders_RN):
                 within = order_N[inside].argsort()  # any order within the sequence will do
-                sums["null_ratio"][index] += (packed_LP @ permuted(packed_LP, within).T).double() / scale_LL
+                sums["null_ratio"][index] += products_with_permuted(packed_LP, within).double() / scale_LL
                 sums["null_count"][index] += exists_LL
         return sums
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 MIN_SAMPLES = 4
+PERMUTED_AT_ONCE = 8
 
 
 def gram(features_ND: Tensor) -> Tensor:
@@ -71,17 +72,26 @@ def unpack(packed_P: Tensor, n: int) -> Tensor:
     return half_NN + half_NN.triu(1).T
 
 
-def permuted(packed_LP: Tensor, order_N: Tensor) -> Tensor:
-    """Triangles [L, P] of the matrices with rows and columns in another order."""
+def permuted_places(order_N: Tensor) -> Tensor:
+    """Where in a triangle the entries [P] lie of the one whose matrix has rows and columns in another order, int64."""
     n = len(order_N)
-    flat_P, _ = triangle(n, packed_LP.device)
-    place_NN = packed_LP.new_zeros(n * n, dtype=torch.int64)
-    place_NN[flat_P] = torch.arange(len(flat_P), device=packed_LP.device)
+    flat_P, _ = triangle(n, order_N.device)
+    place_NN = order_N.new_zeros(n * n)
+    place_NN[flat_P] = torch.arange(len(flat_P), device=order_N.device)
     place_NN = place_NN.view(n, n)
     place_NN = place_NN + place_NN.triu(1).T
-    place_P = place_NN[order_N][:, order_N].flatten()[flat_P]
-    # one row at a time is three times as fast as all of them at once
-    return torch.stack([packed_P.index_select(0, place_P) for packed_P in packed_LP])
+    return place_NN[order_N][:, order_N].flatten()[flat_P]
+
+
+def products_with_permuted(packed_LP: Tensor, order_N: Tensor) -> Tensor:
+    """Inner products [L, L] of the matrices with themselves, rows and columns of the second in another order."""
+    place_P = permuted_places(order_N)
+    # a few at a time: a copy of all of them would take as much memory as they do
+    parts = [
+        packed_LP @ torch.stack([packed_P.index_select(0, place_P) for packed_P in part]).T
+        for part in torch.split(packed_LP, PERMUTED_AT_ONCE)
+    ]
+    return torch.cat(parts, 1)
 
 
 def hsic_of_pairs(gram_LNN: Tensor) -> Tensor:

@@ -41,8 +41,8 @@ class BatchStatistics:
         if layer == self.layers:
             raise StageFailure(f"batch {self.batch}: more than {layer} blocks ran; a block that runs twice is no layer")
         if layer == 0:
-            # as many samples as make the states of all layers no larger than the Gram matrices
-            self.kept = min(len(inputs_ND), max(MIN_SAMPLES, len(inputs_ND) ** 2 // inputs_ND.shape[1]))
+            # as many samples as make the states of all layers a quarter of the Gram matrices
+            self.kept = min(len(inputs_ND), max(MIN_SAMPLES, len(inputs_ND) ** 2 // (4 * inputs_ND.shape[1])))
             self.states_MD.append(inputs_ND[: self.kept].clone())
         self.states_MD.append(outputs_ND[: self.kept].clone())
         inputs_ND, outputs_ND = inputs_ND.float(), outputs_ND.float()
