@@ -74,7 +74,7 @@ class HsicTerms:
         if len(chosen_N) == self.samples:
             return self.packed_LP
         return torch.stack([
-            pack(self.centre(unpack(packed_P, self.samples)[chosen_N][:, chosen_N])).float()
+            pack(self.centre(unpack(packed_P, self.samples)[chosen_N][:, chosen_N]))
             for packed_P in self.packed_LP
         ])  # fmt: skip
 

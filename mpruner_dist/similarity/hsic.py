@@ -20,17 +20,17 @@ def gram(features_ND: Tensor) -> Tensor:
 
 
 def u_centred(gram_NN: Tensor) -> Tensor:
-    """U-centred Gram matrices [..., N, N] in float64, their diagonal zero.
+    """U-centred Gram matrices [..., N, N] in the same dtype, their diagonal zero.
 
     Székely & Rizzo 2014, "Partial distance correlation with methods for dissimilarities", definition 2; in the form of
     Google's `representation_similarity`, which is stabler than the three terms of Song et al. Centring is a projection:
     a part [S, S] of a centred matrix, centred again, is the centred part of the matrix itself.
     """
     n = gram_NN.shape[-1]
-    centred_NN = gram_NN.to(torch.float64, copy=True)
+    centred_NN = gram_NN.clone()
     centred_NN.diagonal(dim1=-2, dim2=-1).zero_()
-    mean_N = centred_NN.sum(-1) / (n - 2)
-    mean_N = mean_N - mean_N.sum(-1, keepdim=True) / (2 * (n - 1))
+    mean_N = centred_NN.sum(-1, dtype=torch.float64) / (n - 2)
+    mean_N = (mean_N - mean_N.sum(-1, keepdim=True) / (2 * (n - 1))).to(centred_NN.dtype)
     centred_NN -= mean_N[..., :, None]
     centred_NN -= mean_N[..., None, :]
     centred_NN.diagonal(dim1=-2, dim2=-1).zero_()
@@ -38,36 +38,36 @@ def u_centred(gram_NN: Tensor) -> Tensor:
 
 
 def h_centred(gram_NN: Tensor) -> Tensor:
-    """H K H with H = I - 11'/n, [..., N, N] in float64: the Gram matrices of centred features. A projection too."""
-    mean_N = gram_NN.double().mean(-1)
-    half_N = mean_N - mean_N.mean(-1, keepdim=True) / 2
-    return gram_NN.double() - half_N[..., :, None] - half_N[..., None, :]
+    """H K H with H = I - 11'/n, [..., N, N] in the same dtype: Gram matrices of centred features. A projection too."""
+    mean_N = gram_NN.mean(-1, dtype=torch.float64)
+    half_N = (mean_N - mean_N.mean(-1, keepdim=True) / 2).to(gram_NN.dtype)
+    return gram_NN - half_N[..., :, None] - half_N[..., None, :]
 
 
 @lru_cache(maxsize=8)
-def triangle(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Upper triangle of an [N, N] matrix, diagonal included: flat positions [P], int64, and weights [P], float64.
+def triangle(n: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Upper triangle of an [N, N] matrix, diagonal included: flat positions [P], int64, and weights [P].
 
     The weights, 1 on the diagonal and the square root of 2 beside it, make the inner product of two triangles that of
     the symmetric matrices.
     """
     rows, columns = torch.triu_indices(n, n, device=device)
-    weights_P = torch.full((len(rows),), 2**0.5, dtype=torch.float64, device=device)
+    weights_P = torch.full((len(rows),), 2**0.5, dtype=dtype, device=device)
     weights_P[rows == columns] = 1.0
     return rows * n + columns, weights_P
 
 
 def pack(matrix_NN: Tensor) -> Tensor:
     """The weighted triangle [P] of a symmetric matrix, in its dtype: half the memory, the same inner products."""
-    flat_P, weights_P = triangle(matrix_NN.shape[-1], matrix_NN.device)
-    return matrix_NN.flatten().index_select(0, flat_P) * weights_P.to(matrix_NN.dtype)
+    flat_P, weights_P = triangle(matrix_NN.shape[-1], matrix_NN.device, matrix_NN.dtype)
+    return matrix_NN.flatten().index_select(0, flat_P).mul_(weights_P)
 
 
 def unpack(packed_P: Tensor, n: int) -> Tensor:
     """The symmetric matrix [N, N] of a weighted triangle."""
-    flat_P, weights_P = triangle(n, packed_P.device)
+    flat_P, weights_P = triangle(n, packed_P.device, packed_P.dtype)
     half_NN = packed_P.new_zeros(n * n)
-    half_NN[flat_P] = packed_P / weights_P.to(packed_P.dtype)
+    half_NN[flat_P] = packed_P / weights_P
     half_NN = half_NN.view(n, n)
     return half_NN + half_NN.triu(1).T
 
@@ -75,7 +75,7 @@ def unpack(packed_P: Tensor, n: int) -> Tensor:
 def permuted_places(order_N: Tensor) -> Tensor:
     """Where in a triangle the entries [P] lie of the one whose matrix has rows and columns in another order, int64."""
     n = len(order_N)
-    flat_P, _ = triangle(n, order_N.device)
+    flat_P, _ = triangle(n, order_N.device, torch.float32)
     place_NN = order_N.new_zeros(n * n)
     place_NN[flat_P] = torch.arange(len(flat_P), device=order_N.device)
     place_NN = place_NN.view(n, n)
@@ -105,7 +105,7 @@ def hsic_of_pairs(gram_LNN: Tensor) -> Tensor:
     n = gram_LNN.shape[-1]
     if n < MIN_SAMPLES:
         raise ValueError(f"the unbiased HSIC needs {MIN_SAMPLES} samples, got {n}")
-    flat = u_centred(gram_LNN).flatten(1)
+    flat = u_centred(gram_LNN.double()).flatten(1)
     return flat @ flat.T / (n * (n - 3))
 
 
