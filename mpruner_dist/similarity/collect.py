@@ -122,7 +122,8 @@ class Collection:
         for batch in batches:
             of_batch = batch_rows(batch, collect.batch_size, len(self.blocks))
             mask = torch.from_numpy(self.blocks.rows(of_batch).mask())
-            statistics.append(BatchStatistics(batch, draw_samples(mask, collect, batch), collect, self.tap.layers))
+            samples = draw_samples(mask, collect, batch).to(self.worker.device)
+            statistics.append(BatchStatistics(batch, samples, collect, self.tap.layers))
             rows += of_batch
         self.tap.begin(statistics)
         with torch.no_grad():

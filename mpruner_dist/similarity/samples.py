@@ -4,7 +4,7 @@ Shape suffixes: B sequences or images, T tokens or patches, N samples, D feature
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,10 @@ class Samples:
             return self.positions_N // self.eligible_BT.shape[1]
         return self.positions_N
 
+    def to(self, device: torch.device) -> "Samples":
+        """The same on another device: taking from every layer then copies no positions there."""
+        return replace(self, positions_N=self.positions_N.to(device), eligible_BT=self.eligible_BT.to(device))
+
     def take(self, hidden: Tensor) -> Tensor:
         """Feature vectors [N, D] of the samples, in the dtype of `hidden`.
 
@@ -47,7 +51,7 @@ class Samples:
         if self.unit == "image":
             return hidden_BTD[positions_N].flatten(1)
         if self.unit == "sequence":
-            weights_BT = self.eligible_BT[self.positions_N].to(hidden.device, torch.float32)
+            weights_BT = self.eligible_BT.to(hidden.device)[positions_N].float()
             weights_BT = weights_BT / weights_BT.sum(1, keepdim=True)
             return torch.einsum("bt,btd->bd", weights_BT, hidden_BTD[positions_N].float())
         return hidden_BTD.flatten(0, 1)[positions_N]

@@ -30,12 +30,16 @@ class BatchStatistics:
         self.cosines_N: list[Tensor] = []
         self.energies_N: list[Tensor] = []
         self.states_MD: list[Tensor] = []
+        self.not_finite: list[Tensor] = []
+        self.varies: list[Tensor] = []
 
     def observe(self, inputs_ND: Tensor, outputs_ND: Tensor) -> None:
         """Take the next layer: what its block was given for the samples, and what it made of it.
 
+        Nothing here waits for the device: whether the numbers are sound is asked once, by `terms`.
+
         Raises:
-            StageFailure: activations that are not finite, or the same for every sample; more layers than there are.
+            StageFailure: more layers than there are.
         """
         layer = len(self.cosines_N)
         if layer == self.layers:
@@ -47,12 +51,13 @@ class BatchStatistics:
         self.states_MD.append(outputs_ND[: self.kept].clone())
         inputs_ND, outputs_ND = inputs_ND.float(), outputs_ND.float()
         norms_N = outputs_ND.norm(dim=1)
-        self._require_finite(layer, norms_N)
+        self.not_finite.append(1 - torch.isfinite(norms_N).float().mean())
         if self.config.outlier_norm is not None:
             self.clean_N = self.clean_N.to(norms_N.device) & (norms_N <= self.config.outlier_norm * norms_N.median())
         self.cosines_N.append(torch.cosine_similarity(inputs_ND, outputs_ND, dim=1))
         states_ND = self._scaled(outputs_ND)
-        self.energies_N.append(self._energies(layer, states_ND))
+        self.energies_N.append(self._energies(states_ND))
+        self.varies.append(self.energies_N[-1].mean() > CONSTANT * states_ND.square().sum(1).mean())
         self.streams["states"].keep(states_ND)
         self.streams["updates"].keep(self._scaled(outputs_ND - inputs_ND))
 
@@ -60,10 +65,10 @@ class BatchStatistics:
         """All terms, float64, on the CPU.
 
         Raises:
-            StageFailure: the pass did not reach every block once, or too few samples are left.
+            StageFailure: activations that are not finite, or the same for every sample; a pass that did not reach
+                every block; too few samples left.
         """
-        if len(self.cosines_N) != self.layers:
-            raise StageFailure(f"batch {self.batch}: {len(self.cosines_N)} blocks ran, the model has {self.layers}")
+        self._require_sound()
         clean_N = self.clean_N.to(self.cosines_N[0].device)
         chosen_N = clean_N.nonzero().squeeze(1)
         if len(chosen_N) < MIN_SAMPLES:
@@ -94,25 +99,26 @@ class BatchStatistics:
         scaled_ND: Tensor = vectors_ND / rms_N1.clamp_min(torch.finfo(torch.float32).tiny)
         return scaled_ND
 
-    def _energies(self, layer: int, states_ND: Tensor) -> Tensor:
+    def _energies(self, states_ND: Tensor) -> Tensor:
         """Squared distance [N] of each sample from the mean of the clean ones: their share of the Gram's trace."""
-        centre_D = states_ND[self.clean_N.to(states_ND.device)].mean(0)
-        energies_N = (states_ND - centre_D).square().sum(1)
-        if not energies_N.mean() > CONSTANT * states_ND.square().sum(1).mean():
-            raise StageFailure(
-                f"batch {self.batch}: the activations of layer {layer} are the same for every sample, its CKA is "
-                "undefined: check the checkpoint and the calibration text"
-            )
-        return energies_N
+        weights_N = self.clean_N.to(states_ND.device, torch.float32)
+        return (states_ND - weights_N @ states_ND / weights_N.sum()).square().sum(1)
 
-    def _require_finite(self, layer: int, norms_N: Tensor) -> None:
-        finite_N = torch.isfinite(norms_N)
-        if not finite_N.all():
-            share = 1 - finite_N.float().mean().item()
-            raise StageFailure(
-                f"batch {self.batch}: {share:.1%} of the sampled activations of layer {layer} are not finite; nothing "
-                "of this batch was saved. Try model.dtype float32 or bfloat16, and check the checkpoint"
-            )
+    def _require_sound(self) -> None:
+        if len(self.cosines_N) != self.layers:
+            raise StageFailure(f"batch {self.batch}: {len(self.cosines_N)} blocks ran, the model has {self.layers}")
+        for layer, share in enumerate(torch.stack(self.not_finite).tolist()):
+            if share:
+                raise StageFailure(
+                    f"batch {self.batch}: {share:.1%} of the sampled activations of layer {layer} are not finite; "
+                    "nothing of this batch was saved. Try model.dtype float32 or bfloat16, and check the checkpoint"
+                )
+        for layer, varies in enumerate(torch.stack(self.varies).tolist()):
+            if not varies:
+                raise StageFailure(
+                    f"batch {self.batch}: the activations of layer {layer} are the same for every sample, its CKA is "
+                    "undefined: check the checkpoint and the calibration text"
+                )
 
 
 class LayerTap:
