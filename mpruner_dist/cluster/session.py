@@ -8,12 +8,12 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import ray
-from ray.train import RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train import ControllerError, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from mpruner_dist.cluster.worker import Job, Worker, said, worker_note
@@ -143,10 +143,13 @@ class RaySession:
     def _explain(self, error: TrainingFailedError, stage: str, logs: Path) -> str:
         """Say which worker was killed; raise what a worker raised itself, for that would only happen again."""
         if not isinstance(error, WorkerGroupError):
-            return f"{stage}: a worker was killed while the workers started ({_first_line(error)})"
+            # Ray Train lost a worker before it had heard from all of them, and does not say which.
+            begun = _read_notes(logs, stage, range(self.config.workers))
+            were = "".join(f", rank {rank}{_at(note)}" for rank, note in begun.items() if note)
+            cause = error.controller_failure if isinstance(error, ControllerError) else error
+            return f"{stage}: a worker was killed while the workers started{were} ({_first_line(cause)})"
         failures: dict[int, Exception] = error.worker_failures
-        paths = {rank: worker_note(logs, stage, rank) for rank in sorted(failures)}
-        notes = {rank: json.loads(path.read_text()) if path.exists() else {} for rank, path in paths.items()}
+        notes = _read_notes(logs, stage, sorted(failures))
         for rank, note in notes.items():
             if "raised" not in note:
                 host = note.get("host", "a host that it had not told yet")
@@ -178,6 +181,12 @@ def _repeat(messages: Path) -> None:
         for message in dict.fromkeys(messages.read_text().splitlines()):
             log.info("  %s", message)
         messages.unlink()
+
+
+def _read_notes(logs: Path, stage: str, ranks: Iterable[int]) -> dict[int, dict[str, Any]]:
+    """What workers left word of; nothing of those that did not begin."""
+    paths = {rank: worker_note(logs, stage, rank) for rank in ranks}
+    return {rank: json.loads(path.read_text()) if path.exists() else {} for rank, path in paths.items()}
 
 
 def _at(note: dict[str, Any]) -> str:

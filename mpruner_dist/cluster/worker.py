@@ -98,7 +98,10 @@ class Worker:
     def _note(self, **facts: Any) -> None:
         """Add to the note; what was there stays."""
         self._facts |= facts
-        worker_note(self.logs, self.stage, self.rank).write_text(json.dumps(self._facts))
+        note = worker_note(self.logs, self.stage, self.rank)
+        temporary = note.with_suffix(".partial")  # a worker may be killed here too
+        temporary.write_text(json.dumps(self._facts))
+        temporary.replace(note)
 
 
 def said(logs: Path, stage: str) -> Path:
