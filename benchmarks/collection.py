@@ -191,7 +191,7 @@ def workers() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for count in (1, 2):
             before: tuple[int, float] | None = None
-            for batches in (8, 24, 40):
+            for batches in (4, 8, 12):
                 run = Path(folder) / f"{count}-{batches}"
                 options = {
                     "collect.num_batches": batches, "cluster.workers": count, "cluster.cpus_per_worker": 1,
