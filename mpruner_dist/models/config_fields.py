@@ -1,34 +1,110 @@
 """The configuration of a model with fewer layers: which fields go with the blocks."""
 
+import copy
+import re
 from typing import Any
 
-from mpruner_dist.errors import UserError
-from mpruner_dist.models.blocks import num_layers
+from mpruner_dist.models.stacks import DepthField
 
-INDEX_LISTS = ("mlp_only_layers", "moe_layers", "hybrid_layer_ids", "cross_attention_layers")
-"""Fields that name layers by their index. Any other list as long as the model is deep has one entry a layer."""
+INDEX_LISTS = ("mlp_only_layers", "moe_layers", "hybrid_layer_ids", "cross_attention_layers", "full_attn_idxs",
+               "deepstack_visual_indexes", "attn_layer_indices", "global_attention_layers", "kv_source_layers")  # fmt: skip
+"""Lists and tables that name layers by their index."""
+ENTRY_LISTS = ("intermediate_size", "activation_sparsity_pattern", "no_rope_layers")
+"""Lists with one entry a layer whose names do not say so; any other list as long as the stack is deep has `layer` in it."""
+PREFIXES = ("first_k_dense_replace", "max_window_layers", "num_dense_layers", "n_dense_layers")
+"""Numbers of layers, from the first, that are of another kind."""
+SUFFIXES = ("num_kv_shared_layers",)
+"""Numbers of layers, from the last, that are of another kind."""
+PERIODS = {
+    "sliding_window_pattern": "layer_types",
+    "_sliding_window_pattern": "layer_types",
+    "full_attention_interval": "layer_types",
+    "global_attn_every_n_layers": "layer_types",
+    "no_rope_layer_interval": "no_rope_layers",
+    "interleave_moe_layer_step": "moe_layers",
+}
+"""Periods, and the list that says the same of each layer: with layers missing only the list is true."""
+NEXT_TOKEN_FIELDS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
+"""How many layers for predicting further tokens follow the stack in the checkpoint."""
 
 
-def prune_config(stored: dict[str, Any], config: Any, kept: list[int]) -> dict[str, Any]:
-    """`stored` (the config.json) for the kept layers.
+def shrink_fields(fields: dict[str, Any], depth: int, field: DepthField, kept: list[int]) -> dict[str, Any]:
+    """Fields of a configuration, completed by its own class, for the kept layers of one stack.
 
-    Lists are taken from `config`, where the model's own class has completed them: a list that the file leaves out would
-    be computed anew from the new depth, and wrongly. Whether the result is right is then proven on the model itself.
-
-    Raises:
-        UserError: the layers are described in a nested configuration.
+    Args:
+        fields: as the class completes them: a list that the file leaves out would be computed anew from the new depth.
+        depth: of the stack.
+        field: where the depth is written.
+        kept: layers, ascending.
     """
-    depth = num_layers(config)
-    field = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    if field not in stored and "text_config" in stored:
-        raise UserError(f"{config.model_type!r} keeps its layers in text_config: only plain decoders are supported")
-    pruned = dict(stored)
-    pruned[field] = len(kept)
-    if field != "num_hidden_layers":
-        pruned.pop("num_hidden_layers", None)  # where both are given transformers believes the alias
-    for name, value in config.to_dict().items():
-        if name in INDEX_LISTS and value:
-            pruned[name] = [kept.index(layer) for layer in value if layer in kept]
-        elif isinstance(value, list | tuple) and len(value) == depth and "layer" in name:
-            pruned[name] = [value[layer] for layer in kept]
-    return pruned
+    changed = copy.deepcopy(fields)
+    if field.entry is not None:  # a model of stages: nothing else is told by the block
+        changed[field.name] = [
+            len(kept) if entry == field.entry else value for entry, value in enumerate(fields[field.name])
+        ]
+        return changed
+    changed[field.name] = len(kept)
+    for name, value in fields.items():
+        if name in INDEX_LISTS and isinstance(value, list | tuple):
+            changed[name] = [kept.index(layer) for layer in value if layer in kept]
+        elif isinstance(value, list | tuple) and len(value) == depth and (name in ENTRY_LISTS or "layer" in name):
+            changed[name] = [value[layer] for layer in kept]
+        elif name in PREFIXES and type(value) is int:
+            changed[name] = sum(layer < value for layer in kept)
+        elif name in SUFFIXES and type(value) is int:
+            changed[name] = sum(layer >= depth - value for layer in kept)
+        elif name == "per_layer_config" and isinstance(value, dict):
+            changed[name] = {str(kept.index(int(layer))): v for layer, v in value.items() if int(layer) in kept}
+    _name_sparse_layers(changed, fields, depth, kept)
+    _renumber_backbone(changed, fields, depth, kept)
+    for period, listed in PERIODS.items():
+        if period in changed and changed.get(listed):
+            del changed[period]
+    return changed
+
+
+def _name_sparse_layers(changed: dict[str, Any], fields: dict[str, Any], depth: int, kept: list[int]) -> None:
+    """Qwen's mixtures: every `decoder_sparse_step`-th layer has experts, unless it is in `mlp_only_layers`."""
+    step = fields.get("decoder_sparse_step")
+    if not isinstance(step, int) or step <= 1:
+        return
+    dense = {*(fields.get("mlp_only_layers") or ()), *(i for i in range(depth) if (i + 1) % step)}
+    changed["decoder_sparse_step"] = 1
+    changed["mlp_only_layers"] = [new for new, old in enumerate(kept) if old in dense]
+
+
+def _renumber_backbone(changed: dict[str, Any], fields: dict[str, Any], depth: int, kept: list[int]) -> None:
+    """A vision model that serves others: stage k is what comes out of layer k - 1, stage 0 what goes in."""
+    if len(fields.get("stage_names") or ()) != depth + 1:
+        return
+    changed["stage_names"] = fields["stage_names"][: len(kept) + 1]
+    indices = fields.get("out_indices") or ()
+    moved = [sum(layer < index % (depth + 1) for layer in kept) for index in indices]
+    changed["out_indices"] = sorted(set(moved))
+    changed["out_features"] = [changed["stage_names"][index] for index in changed["out_indices"]]
+
+
+def renumber_names(content: Any, prefix: str, kept: list[int]) -> Any:
+    """Names of modules inside a quantisation's settings: renumbered, and left out where their layer is gone."""
+    pattern = re.compile(rf"(?<![\w.])((?:\w+\.)*?{re.escape(prefix)}\.)(\d+)(?=\.|$)")
+    if isinstance(content, dict):
+        return {
+            _renumbered(pattern, key, kept): renumber_names(value, prefix, kept)
+            for key, value in content.items()
+            if _renumbered(pattern, key, kept) is not None
+        }
+    if isinstance(content, list):
+        return [
+            renumber_names(item, prefix, kept)
+            for item in content
+            if not isinstance(item, str) or _renumbered(pattern, item, kept) is not None
+        ]
+    return _renumbered(pattern, content, kept) if isinstance(content, str) else content
+
+
+def _renumbered(pattern: re.Pattern[str], name: str, kept: list[int]) -> str | None:
+    match = pattern.match(name)
+    if match is None:
+        return name
+    layer = int(match[2])
+    return None if layer not in kept else f"{match[1]}{kept.index(layer)}{name[match.end() :]}"
