@@ -85,40 +85,71 @@ def report(config: ConfigFile, run_dir: RunDir = None, override: Set = None) -> 
 
 @app.command()
 def rewrite(
-    source: Annotated[Path, typer.Argument(help="A Hugging Face folder of safetensors files.")],
+    source: Annotated[Path, typer.Argument(help="A folder of weights.")],
     target: Annotated[Path, typer.Argument(help="A new folder.")],
     plan_file: Annotated[Path | None, typer.Option("--plan", help="A plan.json.")] = None,
-    keep: Annotated[str | None, typer.Option(help="Layers, counted from 0, ends included: 0-11,20-31")] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Layers, counted from 0, ends included: 0-11,20-31. Of several stacks: decoder=0-5, repeatable."
+        ),
+    ] = None,
+    config_folder: Annotated[
+        Path | None, typer.Option("--config", help="Where config.json and the tokenizer lie, if not in SOURCE.")
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Fill files up to this size, such as 5GB; else they are split as in SOURCE.")
+    ] = None,
+    drop_mtp: Annotated[bool, typer.Option("--drop-mtp", help="Leave out layers that predict further tokens.")] = False,
     trust_remote_code: Remote = False,
 ) -> None:
     """Write a checkpoint without some of its layers. Needs no run and no Ray.
 
     Example: mpruner rewrite SmolLM2-135M SmolLM2-smaller --keep 0-11,20-29
     """
-    from mpruner_dist.models.blocks import num_layers
-    from mpruner_dist.models.loading import read_config
-    from mpruner_dist.plan import parse_layers, read_plan
+    from mpruner_dist.checkpoints.formats import open_checkpoint
+    from mpruner_dist.plan import parse_keep, read_plan
+    from mpruner_dist.rewriting.finished import Request, is_finished
+    from mpruner_dist.rewriting.layout import parse_size
+
+    if (plan_file is None) == (not keep):
+        raise UserError("give --plan plan.json or --keep 0-11,20-31, and just one of them")
+    kept = read_plan(plan_file) if plan_file else parse_keep(keep or [])
+    size = parse_size(max_shard_size) if max_shard_size else None
+    request = Request(open_checkpoint(source, config_folder).fingerprint(), kept, size, drop_mtp)
+    if is_finished(request, target):  # before the seconds that torch takes to start
+        typer.echo(f"{target}: done before")
+        return
     from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
 
-    if (plan_file is None) == (keep is None):
-        raise UserError("give --plan plan.json or --keep 0-11,20-31, and just one of them")
-    if plan_file is not None:
-        kept = read_plan(plan_file, num_layers(read_config(source, trust_remote_code))).kept
-    else:
-        kept = parse_layers(keep or "")
-    rewrite_checkpoint(source, target, kept, trust_remote_code=trust_remote_code)
-    typer.echo(f"{target}: {len(kept)} layers, proven equal to {source} with the others skipped")
+    rewrite_checkpoint(
+        source,
+        target,
+        kept,
+        config_folder=config_folder,
+        max_shard_bytes=size,
+        drop_next_token=drop_mtp,
+        trust_remote_code=trust_remote_code,
+    )
+    typer.echo(f"{target}: proven to be {source} without the other layers")
 
 
 @app.command()
 def verify(
     checkpoint: Annotated[Path, typer.Argument(help="A Hugging Face folder of safetensors files.")],
+    against: Annotated[
+        Path | None,
+        typer.Option(help="The original: run both, one after the other whole in memory, and compare their logits."),
+    ] = None,
     trust_remote_code: Remote = False,
 ) -> None:
     """Check that a checkpoint is whole and has the tensors that its configuration asks for."""
-    from mpruner_dist.rewriting.proof import verify_checkpoint
+    from mpruner_dist.rewriting.proof import compare_logits, verify_checkpoint
 
     found = verify_checkpoint(checkpoint, trust_remote_code)
+    if against is not None:
+        error = compare_logits(checkpoint, against, trust_remote_code)
+        typer.echo(f"logits differ by {error:.1e} of the largest from those of {against} with the other layers skipped")
     typer.echo(
         f"{checkpoint}: {len(found.shards)} file(s), {len(found.tensors)} tensors, "
         f"{found.num_parameters:,} parameters, {found.num_bytes / 1e6:.1f} MB: whole, and as its configuration asks"

@@ -38,7 +38,7 @@ def describe(config: Config) -> Rows:
     checkpoint = read_checkpoint(source)
     model_config = read_config(source, config.model.trust_remote_code)
     depth = num_layers(model_config)
-    prefix = block_prefix(checkpoint, model_config, config.model.trust_remote_code)
+    prefix = block_prefix(checkpoint.tensors, model_config, config.model.trust_remote_code)
     sizes = layer_parameters(checkpoint, prefix, depth)
     tokenizer = load_tokenizer(source, config.model.trust_remote_code)
     with TemporaryDirectory() as folder:

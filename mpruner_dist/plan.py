@@ -61,8 +61,12 @@ def _validated(cls: Any, content: Any, where: str) -> Any:
         raise UserError(f"{where}: {problems}") from error
 
 
-def read_plan(path: Path, num_layers: int) -> Plan:
-    """Read a plan for a model of `num_layers` layers.
+Keep = list[int] | dict[str, list[int]] | Plan
+"""Layers that stay: of a model's only stack or its language model's; of several stacks by name; or by a plan."""
+
+
+def read_plan(path: Path, num_layers: int | None = None) -> Plan:
+    """Read a plan for a model of `num_layers` layers; for one of any depth if that is None.
 
     Raises:
         UserError: unreadable, not a plan, or for another number of layers.
@@ -72,9 +76,9 @@ def read_plan(path: Path, num_layers: int) -> Plan:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the plan {path}: {error}") from error
     plan: Plan = _validated(Plan, content, f"the plan {path}")
-    if plan.num_layers != num_layers:
+    if num_layers not in (None, plan.num_layers):
         raise UserError(f"the plan {path} is for {plan.num_layers} layers, the model has {num_layers}")
-    return Plan.keeping(num_layers, plan.kept, **plan.model_dump(include={"clusters", "reasons", "method"}))
+    return Plan.keeping(plan.num_layers, plan.kept, **plan.model_dump(include={"clusters", "reasons", "method"}))
 
 
 def parse_layers(text: str) -> list[int]:
@@ -95,6 +99,23 @@ def parse_layers(text: str) -> list[int]:
     if len(set(layers)) != len(layers):
         raise UserError(f"layers {text!r}: a layer is named twice")
     return sorted(layers)
+
+
+def parse_keep(texts: list[str]) -> Keep:
+    """Layers of one text such as `0-11`, or of several such as `encoder=0-5`.
+
+    Raises:
+        UserError: several texts without names, or a name twice.
+    """
+    if len(texts) == 1 and "=" not in texts[0]:
+        return parse_layers(texts[0])
+    named: dict[str, list[int]] = {}
+    for text in texts:
+        name, equals, layers = text.partition("=")
+        if not equals or not name or name in named:
+            raise UserError(f"--keep {text}: with several stacks write each once, by name, such as decoder=0-5")
+        named[name] = parse_layers(layers)
+    return named
 
 
 def format_layers(layers: list[int]) -> str:

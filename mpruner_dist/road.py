@@ -110,7 +110,7 @@ class Road:
 
             remote_code = self.config.model.trust_remote_code
             model_config = read_config(self.source, remote_code)
-            prefix = block_prefix(self.checkpoint, model_config, remote_code)
+            prefix = block_prefix(self.checkpoint.tensors, model_config, remote_code)
             sums = self._work("stats", inputs)
             measure = self.config.plan.measure
             self._on_workers(

@@ -16,10 +16,11 @@ from mpruner_dist.checkpoints.copying import copy_tensors
 from mpruner_dist.checkpoints.export import export_weights, match_names
 from mpruner_dist.checkpoints.folder import INDEX_NAME, CheckpointFolder, index_json, read_checkpoint, shard_name
 from mpruner_dist.checkpoints.header import read_header
+from mpruner_dist.checkpoints.stored import Piece, StoredTensor
 from mpruner_dist.errors import StageFailure, UserError
 
 
-@pytest.fixture(params=["in the kernel", "by reading and writing", "small pieces", "fails halfway"])
+@pytest.fixture(params=["in the kernel", "by sendfile", "by reading and writing", "small pieces", "fails halfway"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every way in which the bytes may go."""
     real = os.copy_file_range
@@ -36,9 +37,12 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         calls += 1
         return small(source, target, count, **where) if calls <= 3 else refuse()
 
-    replacement = {"by reading and writing": refuse, "small pieces": small, "fails halfway": halfway}
+    replacement = {"by sendfile": refuse, "by reading and writing": refuse, "small pieces": small,
+                   "fails halfway": halfway}  # fmt: skip
     if request.param in replacement:
         monkeypatch.setattr(os, "copy_file_range", replacement[request.param])
+        if request.param != "by sendfile":
+            monkeypatch.setattr(os, "sendfile", refuse)
         monkeypatch.setattr("mpruner_dist.checkpoints.copying.CHUNK_BYTES", 777)
     return str(request.param)
 
@@ -51,19 +55,34 @@ def write_source(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def stored_in(path: Path) -> dict[str, StoredTensor]:
+    return {
+        name: StoredTensor(info.dtype, info.shape, (Piece(path, info.begin, info.end),))
+        for name, info in read_header(path).tensors.items()
+    }
+
+
+@pytest.mark.usefixtures("way")
+def test_a_tensor_in_pieces_of_several_files_comes_out_whole(tmp_path: Path) -> None:
+    whole = torch.arange(100.0)
+    for number, part in enumerate((whole[:33], whole[33:80], whole[80:])):
+        (tmp_path / f"part{number}").write_bytes(b"head" + part.numpy().tobytes() + b"tail")
+    pieces = [Piece(tmp_path / f"part{n}", 4, 4 + 4 * count) for n, count in enumerate((33, 47, 20))]
+    copy_tensors(tmp_path / "target", [("whole", StoredTensor("F32", (100,), tuple(pieces)))], {})
+    assert torch.equal(load_file(tmp_path / "target")["whole"], whole)
+
+
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("seed", range(4))
 def test_copied_tensors_are_the_same_bytes_under_their_new_names(tmp_path: Path, seed: int) -> None:
     tensors = write_source(tmp_path / "source.safetensors")
-    header = read_header(tmp_path / "source.safetensors")
+    stored = stored_in(tmp_path / "source.safetensors")
     draw = random.Random(seed)
     chosen = draw.sample(sorted(tensors), draw.randint(1, len(tensors)))
     if seed == 0:
-        chosen = list(header.tensors)  # in the order of the file, all of it: one stretch
+        chosen = list(stored)  # in the order of the file, all of it: one stretch
     target = tmp_path / "target.safetensors"
-    copy_tensors(
-        tmp_path / "source.safetensors", target, [(header.tensors[name], f"new.{name}") for name in chosen], {"a": "b"}
-    )
+    copy_tensors(target, [(f"new.{name}", stored[name]) for name in chosen], {"a": "b"})
     found = load_file(target)
     assert sorted(found) == sorted(f"new.{name}" for name in chosen)
     for name in chosen:
@@ -81,24 +100,24 @@ def test_copied_tensors_are_the_same_bytes_under_their_new_names(tmp_path: Path,
 def test_a_source_that_ends_early_is_refused_by_name_and_byte(tmp_path: Path) -> None:
     source = tmp_path / "source.safetensors"
     write_source(source)
-    infos = list(read_header(source).tensors.values())  # read while it was whole
+    stored = stored_in(source)  # read while it was whole
     size = source.stat().st_size
     os.truncate(source, size - 100)
     with pytest.raises(UserError, match=rf"source\.safetensors ends at byte {size - 100}, {size} expected"):
-        copy_tensors(source, tmp_path / "target", [(info, info.name) for info in infos], {})
+        copy_tensors(tmp_path / "target", list(stored.items()), {})
 
 
 def test_an_error_that_is_no_reason_to_go_another_way_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "source.safetensors"
     write_source(source)
-    info = read_header(source).tensors["t0"]
+    tensor = stored_in(source)["t0"]
 
     def full(*_: Any, **__: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "copy_file_range", full)
     with pytest.raises(StageFailure, match=rf"no space left while writing {tmp_path / 'target'}"):
-        copy_tensors(source, tmp_path / "target", [(info, "t0")], {})
+        copy_tensors(tmp_path / "target", [("t0", tensor)], {})
 
 
 class Tiny(torch.nn.Module):

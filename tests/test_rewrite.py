@@ -1,5 +1,6 @@
 """Rewriting of real small models of several families, and what it refuses."""
 
+import itertools
 import json
 import os
 import shutil
@@ -16,54 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.errors import StageFailure, UserError
-from mpruner_dist.models.blocks import find_blocks, num_layers, skipped
-from mpruner_dist.rewriting.proof import verify_checkpoint
+from mpruner_dist.models.blocks import find_blocks, skipped
+from mpruner_dist.rewriting.proof import compare_logits, verify_checkpoint
 from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
 
 IDS = torch.randint(3, 128, (2, 20), generator=torch.Generator().manual_seed(5))
 WINDOWED = ["sliding_attention", "full_attention"] * 4
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"tie_word_embeddings": True},
-    "mistral": {"sliding_window": 8},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "layer_types": WINDOWED},
-    "qwen3": {"head_dim": 8},
-    "gemma2": {"head_dim": 8, "sliding_window": 4, "layer_types": WINDOWED},
-    "gpt2": {},
-    "gpt_neox": {},
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
-    "phi3": {},
-    "olmo2": {},
-}
-KEPT = {
-    "first third": [3, 4, 5, 6, 7],
-    "scattered": [0, 2, 3, 7],
-    "last": [0, 1, 2, 3, 4, 5, 6],
-    "alternate": [1, 3, 5, 7],
-}
-
-
-def logits(folder: Path, skip: list[int]) -> torch.Tensor:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    _, blocks = find_blocks(model, num_layers(model.config))
-    with torch.no_grad(), skipped(blocks, skip):
-        return model(input_ids=IDS, use_cache=False).logits
-
-
-@pytest.mark.parametrize("kind", FAMILIES)
-@pytest.mark.parametrize("where", KEPT)
-def test_a_rewritten_model_computes_what_the_original_does_without_the_layers(
-    kind: str, where: str, tmp_path: Path
-) -> None:
-    make_model(kind, tmp_path / "model", **FAMILIES[kind])
-    kept = KEPT[where]
-    rewrite_checkpoint(tmp_path / "model", tmp_path / "small", kept)
-    skip = [layer for layer in range(8) if layer not in kept]
-    expected, got = logits(tmp_path / "model", skip), logits(tmp_path / "small", [])
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(got, logits(tmp_path / "model", []), atol=1e-2)  # the layers did something
-    small = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
-    with_cache = small.generate(IDS[:1], max_new_tokens=6, do_sample=False, use_cache=True)
-    assert torch.equal(with_cache, small.generate(IDS[:1], max_new_tokens=6, do_sample=False, use_cache=False))
 
 
 def test_skipping_is_the_same_as_deleting(tmp_path: Path) -> None:
@@ -97,6 +56,7 @@ def test_a_sharded_checkpoint_keeps_its_bytes_and_companions(tiny: Path, tmp_pat
     assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in tensors.values())
     assert index["weight_map"].keys() == tensors.keys()
     layer_map = json.loads((tmp_path / "small" / "layer_map.json").read_text())
+    assert layer_map.pop("request")
     assert layer_map == {"old_to_new": {"0": 0, "3": 1, "7": 2}, "new_to_old": [0, 3, 7]}
     for companion in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "modeling_own.py"):
         assert (tmp_path / "small" / companion).read_bytes() == (source / companion).read_bytes()
@@ -128,7 +88,7 @@ def test_a_family_that_needs_more_than_renaming_is_refused(tmp_path: Path) -> No
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config["scale_attn_by_inverse_layer_idx"] = True
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(StageFailure, match="does not compute what"):
+    with pytest.raises(UserError, match=r"attn\.scaling would be .*The nearest that can be kept: 0-4"):
         rewrite_checkpoint(tmp_path / "model", tmp_path / "small", [0, 4, 5, 6, 7])
     assert not (tmp_path / "small").exists()
 
@@ -237,3 +197,57 @@ def test_a_full_disk_leaves_nothing_half_written(tiny: Path, tmp_path: Path, che
     assert expected in done.stdout, done.stdout + done.stderr
     assert "target False" in done.stdout
     assert "tmp []" in done.stdout
+
+
+def test_verify_against_the_original_runs_both(tiny: Path, tmp_path: Path) -> None:
+    rewrite_checkpoint(tiny / "model", tmp_path / "small", [0, 3, 7])
+    assert compare_logits(tmp_path / "small", tiny / "model") < 1e-6
+    shard = next((tmp_path / "small").glob("*.safetensors"))
+    tensors = load_file(shard)
+    save_file({name: tensor + 0.1 for name, tensor in tensors.items()}, shard, {"format": "pt"})
+    with pytest.raises(StageFailure, match=r"does not compute what .* does with layers \[1, 2, 4, 5, 6\] skipped"):
+        compare_logits(tmp_path / "small", tiny / "model")
+    with pytest.raises(UserError, match=r"layer_map\.json does not say which layers"):
+        compare_logits(tiny / "model", tiny / "model")
+
+
+@pytest.mark.parametrize("size", [1, 30_000, 10**9])
+def test_files_are_filled_up_to_a_size(tiny: Path, tmp_path: Path, size: int) -> None:
+    rewrite_checkpoint(tiny / "model", tmp_path / "small", [0, 3, 7], max_shard_bytes=size)
+    new = verify_checkpoint(tmp_path / "small")
+    held = [sum(info.num_bytes for info in header.tensors.values()) for header in new.shards.values()]
+    single = [len(header.tensors) == 1 for header in new.shards.values()]
+    assert all(total <= size or alone for total, alone in zip(held, single, strict=True))
+    assert len(held) == {1: len(new.tensors), 10**9: 1}.get(size, len(held))
+    assert all(one + two > size for one, two in itertools.pairwise(held))
+
+
+def test_a_finished_rewrite_is_left_alone_and_a_damaged_one_made_again(tiny: Path, tmp_path: Path) -> None:
+    rewrite_checkpoint(tiny / "model", tmp_path / "small", [0, 3, 7])
+    config = tmp_path / "small" / "config.json"
+    before = config.stat().st_mtime_ns
+    rewrite_checkpoint(tiny / "model", tmp_path / "small", [0, 3, 7])
+    assert config.stat().st_mtime_ns == before
+    shard = next((tmp_path / "small").glob("*.safetensors"))
+    os.truncate(shard, shard.stat().st_size - 1)
+    rewrite_checkpoint(tiny / "model", tmp_path / "small", [0, 3, 7])
+    assert config.stat().st_mtime_ns != before
+    verify_checkpoint(tmp_path / "small")
+
+
+def test_a_target_that_holds_the_source_is_refused(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny / "model", tmp_path / "all" / "model")
+    (tmp_path / "all" / "layer_map.json").write_text("{}")
+    with pytest.raises(UserError, match="holds the source"):
+        rewrite_checkpoint(tmp_path / "all" / "model", tmp_path / "all", [0, 7])
+    assert (tmp_path / "all" / "model" / "config.json").exists()
+
+
+def test_links_as_hub_caches_have_them_are_followed(tiny: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "snapshot"
+    cache.mkdir()
+    for file in (tiny / "model").iterdir():
+        (cache / file.name).symlink_to(file)
+    rewrite_checkpoint(cache, tmp_path / "small", [0, 7])
+    assert not any(file.is_symlink() for file in (tmp_path / "small").iterdir())
+    verify_checkpoint(tmp_path / "small")

@@ -2,9 +2,13 @@
 
 import errno
 import os
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import BinaryIO
 
 from mpruner_dist.checkpoints.header import TensorInfo, build_header
+from mpruner_dist.checkpoints.stored import Piece, StoredTensor
 from mpruner_dist.errors import UserError
 from mpruner_dist.runs.commit import disk_errors
 
@@ -12,55 +16,66 @@ CHUNK_BYTES = 16 << 20
 _NOT_HERE = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}
 
 
-def copy_tensors(source: Path, target: Path, tensors: list[tuple[TensorInfo, str]], metadata: dict[str, str]) -> None:
-    """Write `target` with these tensors of `source` under their new names, in this order.
+def copy_tensors(target: Path, tensors: list[tuple[str, StoredTensor]], metadata: dict[str, str]) -> None:
+    """Write the safetensors file `target` with these tensors under these names, in this order.
 
     Memory does not grow with the tensors: the kernel moves the bytes.
 
     Raises:
-        UserError: the source ends early.
+        UserError: a source ends early.
         StageFailure: the disk is full or may not be written.
     """
-    header = build_header(
-        [TensorInfo(name, info.dtype, info.shape, info.begin, info.end) for info, name in tensors], metadata
-    )
-    with disk_errors(target), source.open("rb") as reader, target.open("wb") as writer:
+    header = build_header([TensorInfo(name, t.dtype, t.shape, 0, t.num_bytes) for name, t in tensors], metadata)
+    with disk_errors(target), ExitStack() as stack, target.open("wb") as writer:
         writer.write(header)
         writer.flush()
-        for begin, end in _runs([info for info, _ in tensors]):
-            _copy_range(reader.fileno(), writer.fileno(), begin, end, source)
+        reader: BinaryIO | None = None
+        for piece in _joined(piece for _, tensor in tensors for piece in tensor.pieces):
+            if reader is None or reader.name != str(piece.path):
+                stack.pop_all().close()
+                reader = stack.enter_context(piece.path.open("rb"))
+            _copy(reader.fileno(), writer.fileno(), piece)
 
 
-def _runs(tensors: list[TensorInfo]) -> list[tuple[int, int]]:
+def _joined(pieces: Iterable[Piece]) -> list[Piece]:
     """Join neighbours, so that a stretch of kept tensors is one request."""
-    runs: list[tuple[int, int]] = []
-    for info in tensors:
-        if runs and runs[-1][1] == info.begin:
-            runs[-1] = (runs[-1][0], info.end)
+    runs: list[Piece] = []
+    for piece in pieces:
+        if runs and runs[-1].path == piece.path and runs[-1].end == piece.begin:
+            runs[-1] = Piece(piece.path, runs[-1].begin, piece.end)
         else:
-            runs.append((info.begin, info.end))
+            runs.append(piece)
     return runs
 
 
-def _copy_range(reader: int, writer: int, position: int, end: int, source: Path) -> None:
-    in_kernel = True
-    while position < end:
-        if in_kernel:
-            try:
-                copied = os.copy_file_range(reader, writer, end - position, offset_src=position)
-            except OSError as error:
-                if error.errno not in _NOT_HERE:
-                    raise
-                in_kernel = False  # this file system or pair of them cannot; read and write below
-                continue
-        else:
-            copied = _write_all(writer, os.pread(reader, min(CHUNK_BYTES, end - position), position))
+def _copy(reader: int, writer: int, piece: Piece) -> None:
+    """By the best way that these two file systems know: `copy_file_range`, `sendfile`, reading and writing."""
+    position, ways = piece.begin, [_in_kernel, _send, _read_and_write]
+    while position < piece.end:
+        try:
+            copied = ways[0](reader, writer, position, piece.end - position)
+        except OSError as error:
+            if error.errno not in _NOT_HERE or len(ways) == 1:
+                raise
+            ways.pop(0)
+            continue
         if copied == 0:
-            raise UserError(f"{source} ends at byte {position}, {end} expected: it is truncated; fetch it again")
+            raise UserError(
+                f"{piece.path} ends at byte {position}, {piece.end} expected: it is truncated; fetch it again"
+            )
         position += copied
 
 
-def _write_all(writer: int, content: bytes) -> int:
+def _in_kernel(reader: int, writer: int, position: int, count: int) -> int:
+    return os.copy_file_range(reader, writer, count, offset_src=position)
+
+
+def _send(reader: int, writer: int, position: int, count: int) -> int:
+    return os.sendfile(writer, reader, position, count)
+
+
+def _read_and_write(reader: int, writer: int, position: int, count: int) -> int:
+    content = os.pread(reader, min(CHUNK_BYTES, count), position)
     view = memoryview(content)
     while view:
         view = view[os.write(writer, view) :]

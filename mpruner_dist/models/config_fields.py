@@ -6,11 +6,13 @@ from typing import Any
 
 from mpruner_dist.models.stacks import DepthField
 
-INDEX_LISTS = ("mlp_only_layers", "moe_layers", "hybrid_layer_ids", "cross_attention_layers", "full_attn_idxs",
-               "deepstack_visual_indexes", "attn_layer_indices", "global_attention_layers", "kv_source_layers")  # fmt: skip
+INDEX_LISTS = (
+    "mlp_only_layers", "moe_layers", "hybrid_layer_ids", "cross_attention_layers", "full_attn_idxs",
+    "deepstack_visual_indexes", "attn_layer_indices", "global_attention_layers", "kv_source_layers",
+)  # fmt: skip
 """Lists and tables that name layers by their index."""
 ENTRY_LISTS = ("intermediate_size", "activation_sparsity_pattern", "no_rope_layers")
-"""Lists with one entry a layer whose names do not say so; any other list as long as the stack is deep has `layer` in it."""
+"""Lists with one entry a layer whose names do not say so; of the others, those with `layer` in the name have one."""
 PREFIXES = ("first_k_dense_replace", "max_window_layers", "num_dense_layers", "n_dense_layers")
 """Numbers of layers, from the first, that are of another kind."""
 SUFFIXES = ("num_kv_shared_layers",)
@@ -85,26 +87,17 @@ def _renumber_backbone(changed: dict[str, Any], fields: dict[str, Any], depth: i
 
 
 def renumber_names(content: Any, prefix: str, kept: list[int]) -> Any:
-    """Names of modules inside a quantisation's settings: renumbered, and left out where their layer is gone."""
-    pattern = re.compile(rf"(?<![\w.])((?:\w+\.)*?{re.escape(prefix)}\.)(\d+)(?=\.|$)")
+    """Lists of modules in a quantisation's settings, such as those left in 16 bits, for the kept layers."""
     if isinstance(content, dict):
-        return {
-            _renumbered(pattern, key, kept): renumber_names(value, prefix, kept)
-            for key, value in content.items()
-            if _renumbered(pattern, key, kept) is not None
-        }
-    if isinstance(content, list):
-        return [
-            renumber_names(item, prefix, kept)
-            for item in content
-            if not isinstance(item, str) or _renumbered(pattern, item, kept) is not None
-        ]
-    return _renumbered(pattern, content, kept) if isinstance(content, str) else content
-
-
-def _renumbered(pattern: re.Pattern[str], name: str, kept: list[int]) -> str | None:
-    match = pattern.match(name)
-    if match is None:
-        return name
-    layer = int(match[2])
-    return None if layer not in kept else f"{match[1]}{kept.index(layer)}{name[match.end() :]}"
+        return {key: renumber_names(value, prefix, kept) for key, value in content.items()}
+    if not isinstance(content, list):
+        return content
+    pattern = re.compile(rf"((?:model\.)?{re.escape(prefix)}\.)(\d+)(?=\.|$)")
+    renumbered = []
+    for item in content:
+        match = pattern.match(item) if isinstance(item, str) else None
+        if match is None:
+            renumbered.append(item)
+        elif int(match[2]) in kept:
+            renumbered.append(f"{match[1]}{kept.index(int(match[2]))}{item[match.end() :]}")
+    return renumbered

@@ -1,10 +1,12 @@
 """A model from its folder: configuration, skeleton on the meta device, weights."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 
 from mpruner_dist.errors import UserError
 
@@ -21,12 +23,27 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
         raise UserError(f"transformers {transformers.__version__} cannot read {folder}/config.json: {error}") from error
 
 
-def empty_model(config: Any, trust_remote_code: bool = False) -> torch.nn.Module:
-    """The causal language model of a configuration with shapes but no weights (meta device)."""
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-any-return]
-            config, trust_remote_code=trust_remote_code
-        )
+def model_class(config: Any) -> Any:
+    """The class that the checkpoint was saved from; for code of its own, the causal language model that it names."""
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    if named is not None and not hasattr(config, "auto_map"):
+        return named
+    known = type(config) in transformers.AutoModelForCausalLM._model_mapping
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    return transformers.AutoModelForCausalLM if known or remote else transformers.AutoModel
+
+
+def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
+    """The model of a configuration without weights: parameters on the meta device, buffers as they are computed."""
+    kind = model_class(config)
+    config = copy.deepcopy(config)  # models write into it
+    with init_empty_weights(include_buffers=False):
+        if hasattr(kind, "from_config"):
+            model = kind.from_config(config, trust_remote_code=trust_remote_code)
+        else:
+            model = kind._from_config(config)
+    model.tie_weights()  # inside, every name was given a parameter of its own
+    return model.eval()
 
 
 def load_model(
@@ -49,10 +66,11 @@ def load_model(
     Raises:
         UserError: a tensor is missing or has the wrong shape; transformers would take random numbers for it.
     """
-    problems = key_problems(folder, trust_remote_code, unexpected=False)
+    kind = transformers.AutoModelForCausalLM
+    problems = key_problems(folder, trust_remote_code, unexpected=False, kind=kind)
     if problems:
         raise UserError(f"{folder} does not fit its configuration: {'; '.join(problems[:3])}; fetch it again")
-    kind = transformers.AutoModelForCausalLM if head else transformers.AutoModel
+    kind = kind if head else transformers.AutoModel
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if partition is None:
         model = kind.from_pretrained(folder, **options)
@@ -70,14 +88,17 @@ def load_model(
     return model.eval()  # type: ignore[no-any-return]
 
 
-def key_problems(folder: Path, trust_remote_code: bool = False, *, unexpected: bool = True) -> list[str]:
+def key_problems(
+    folder: Path, trust_remote_code: bool = False, *, unexpected: bool = True, kind: Any = None
+) -> list[str]:
     """Tensors that the model on the meta device lacks or wants in another shape, and those that it does not ask for.
 
     Nothing is read. transformers itself compares, so that names which it converts while loading are judged as it will
     load them.
     """
     quiet_transformers()
-    _, report = transformers.AutoModelForCausalLM.from_pretrained(
+    kind = kind or model_class(read_config(folder, trust_remote_code))
+    _, report = kind.from_pretrained(
         folder,
         device_map="meta",
         ignore_mismatched_sizes=True,

@@ -6,8 +6,6 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from mpruner_dist.checkpoints.folder import CheckpointFolder, read_checkpoint
 from mpruner_dist.checkpoints.header import TensorInfo
@@ -15,6 +13,7 @@ from mpruner_dist.checkpoints.slices import TORCH_DTYPES, read_slice
 from mpruner_dist.cluster.partition import needs_whole_parameters, partition_parameters
 from mpruner_dist.cluster.settings import Settings
 from mpruner_dist.models.loading import read_config
+from mpruner_dist.models.naming import model_names
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
@@ -74,18 +73,12 @@ def _require_plain(model: Any, dtype: str) -> None:
 
 
 def _names_in_model(model: Any, checkpoint: CheckpointFolder) -> dict[str, TensorInfo]:
-    """Every tensor by the name that transformers gives it: families rename, and older files leave out a prefix."""
-    changes = get_model_conversion_mapping(model)
-    converters = [change for change in changes if isinstance(change, WeightConverter)]
-    renamings = [change for change in changes if change not in converters]
-    state, renamed = model.state_dict(), {}
-    for name, info in checkpoint.tensors.items():
-        key, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if key not in state and name in state:  # saved under the name it has now
-            key, converter = name, None
+    """Every tensor by the name that transformers gives it."""
+    tensors, renamed = checkpoint.tensors, {}
+    for name, (key, converter) in model_names(model, tensors).items():
         if converter is not None:
             raise CannotStream(f"transformers merges or splits tensors such as {name} while it loads")
-        renamed[key] = info
+        renamed[key] = tensors[name]
     return renamed
 
 

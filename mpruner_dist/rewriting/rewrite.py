@@ -1,5 +1,6 @@
-"""A smaller checkpoint from a larger one, file to file: no model is built and no tensor passes through memory."""
+"""A smaller checkpoint from a larger one, file to file: no tensor passes through memory."""
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -7,41 +8,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mpruner_dist.checkpoints.copying import copy_tensors
-from mpruner_dist.checkpoints.folder import (
-    INDEX_NAME,
-    CheckpointFolder,
-    index_json,
-    read_checkpoint,
-    shard_name,
-)
-from mpruner_dist.checkpoints.header import TensorInfo, read_header
+from mpruner_dist.checkpoints.folder import INDEX_NAME, index_json
+from mpruner_dist.checkpoints.formats import open_checkpoint
+from mpruner_dist.checkpoints.header import read_header
 from mpruner_dist.checkpoints.naming import layer_of
+from mpruner_dist.checkpoints.stored import StoredCheckpoint
 from mpruner_dist.errors import UserError
-from mpruner_dist.models.blocks import num_layers
-from mpruner_dist.models.config_fields import prune_config
-from mpruner_dist.models.loading import read_config
-from mpruner_dist.models.naming import block_prefix
-from mpruner_dist.plan import Plan
+from mpruner_dist.models.config_fields import NEXT_TOKEN_FIELDS, renumber_names
+from mpruner_dist.models.loading import empty_model, read_config
+from mpruner_dist.models.naming import model_names, stack_prefix
+from mpruner_dist.models.signature import FIRST_ONLY
+from mpruner_dist.models.stacks import choose_stacks, find_stacks
+from mpruner_dist.plan import Keep, Plan
+from mpruner_dist.rewriting.finished import LAYER_MAP, Request, is_finished
+from mpruner_dist.rewriting.layout import ShardCopy, StackNames, copy_shard, new_names, plan_copies
 from mpruner_dist.rewriting.proof import Claim, prove
+from mpruner_dist.rewriting.shrink import Kept, Skeleton, shrink
 from mpruner_dist.runs.commit import commit_folder, disk_errors, require_space, write_json
-from mpruner_dist.runs.digest import digest
 
 log = logging.getLogger(__name__)
 
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack"}
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".distcp", ".metadata"}
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class ShardCopy:
-    """One output shard: which tensors of which file, under which names."""
+class Rewrite:
+    """All that is decided before the first byte is copied."""
 
-    source: Path
-    target: Path
-    tensors: list[tuple[TensorInfo, str]]
-    metadata: dict[str, str]
+    stored: dict[str, Any]
+    kept: Kept
+    stacks: list[StackNames]
+    renamed: dict[str, str]
+    strange: set[str]
+    """Tensors, as the model names them, that the original's model did not ask for either."""
 
 
 def run_here(function: Callable[[Item], Result], items: list[Item]) -> list[Result]:
@@ -56,105 +57,160 @@ def run_here(function: Callable[[Item], Result], items: list[Item]) -> list[Resu
 def rewrite_checkpoint(
     source: Path,
     target: Path,
-    kept: list[int],
+    kept: Keep,
     *,
+    config_folder: Path | None = None,
+    max_shard_bytes: int | None = None,
+    drop_next_token: bool = False,
     trust_remote_code: bool = False,
     run_tasks: Callable[[Callable[[Any], Any], list[Any]], list[Any]] = run_here,
 ) -> None:
     """Write to `target` the checkpoint `source` without the layers that `kept` leaves out, proven right.
 
-    An interrupted rewrite goes on with the shards that are missing. `target` appears only when all is proven.
+    An interrupted rewrite goes on with the files that are missing. `target` appears only when all is proven; one that
+    is finished is left alone.
 
     Args:
-        source: a Hugging Face folder of safetensors files.
+        source: a Hugging Face folder, a DeepSpeed checkpoint or a torch distributed checkpoint.
         target: a folder; an earlier rewrite there is replaced.
-        kept: layers to keep, ascending, counted from 0.
+        kept: layers to keep, ascending, counted from 0; those of several stacks, by name; or a plan.
+        config_folder: where config.json and the tokenizer lie, if not in `source`.
+        max_shard_bytes: fill files up to so many bytes; None leaves together what lies together in `source`.
+        drop_next_token: leave out layers that predict further tokens.
         trust_remote_code: run model code that lies in `source`.
-        run_tasks: how the shards are copied: `run_here`, or as Ray tasks.
+        run_tasks: how the files are copied: `run_here`, or as Ray tasks.
 
     Raises:
         UserError: the source, the target or the plan cannot be used.
         StageFailure: no space, or the result is not right.
     """
-    checkpoint = read_checkpoint(source)
-    _require_target(source, target)
-    config = read_config(source, trust_remote_code)
-    plan = Plan.keeping(num_layers(config), kept)
-    prefix = block_prefix(checkpoint, config, trust_remote_code)
-    stored = prune_config(checkpoint.config, config, plan.kept)
-    partial = target.with_name(f".{target.name}.partial-{digest([checkpoint.fingerprint(), plan.kept])}")
-    copies = plan_copies(checkpoint, prefix, plan.kept, partial)
+    checkpoint = open_checkpoint(source, config_folder)
+    require_target(checkpoint, target)
+    request = Request(checkpoint.fingerprint(), kept, max_shard_bytes, drop_next_token)
+    if is_finished(request, target):
+        return
+    rewrite = prepare(checkpoint, kept, drop_next_token=drop_next_token, trust_remote_code=trust_remote_code)
+    partial = target.with_name(f".{target.name}.partial-{request.digest}")
+    copies = plan_copies(checkpoint, rewrite.renamed, partial, max_shard_bytes)
     with disk_errors(target):
         partial.mkdir(parents=True, exist_ok=True)
-        require_space(
-            partial,
-            sum(info.num_bytes for copy in copies if not copy.target.exists() for info, _ in copy.tensors),
-        )
+        require_space(partial, sum(copy.num_bytes for copy in copies if not copy.is_done))
         run_tasks(copy_shard, copies)
-        _copy_companions(source, partial)
-    write_json(partial / "config.json", stored)
-    if len(copies) > 1:
-        write_json(partial / INDEX_NAME, index_json({copy.target.name: read_header(copy.target) for copy in copies}))
-    write_json(partial / "layer_map.json", layer_map(plan))
-    run_tasks(prove, [Claim(source, partial, plan, trust_remote_code)])
+        _copy_companions(checkpoint.companions, partial, rewrite.kept)
+    _write_descriptions(partial, copies, rewrite, request)
+    run_tasks(prove, [Claim(checkpoint.companions, partial, rewrite.strange, trust_remote_code)])
     commit_folder(partial, target)
     for leftover in target.parent.glob(f".{target.name}.partial-*"):
         shutil.rmtree(leftover)
 
 
-def layer_map(plan: Plan) -> dict[str, Any]:
-    """Content of `layer_map.json`."""
-    return {"old_to_new": {str(old): new for new, old in enumerate(plan.kept)}, "new_to_old": plan.kept}
+def prepare(checkpoint: StoredCheckpoint, kept: Keep, *, drop_next_token: bool, trust_remote_code: bool) -> Rewrite:
+    """Decide what stays under which name, and prove on the meta device that the layers stay what they are.
 
-
-def plan_copies(checkpoint: CheckpointFolder, prefix: str, kept: list[int], folder: Path) -> list[ShardCopy]:
-    """One copy for each source shard of which anything is kept; tensors stay in the order of their bytes."""
-    new_index = {old: new for new, old in enumerate(kept)}
-    wanted: list[tuple[str, list[tuple[TensorInfo, str]]]] = []
-    for name, header in checkpoint.shards.items():
-        tensors = []
-        for tensor, info in header.tensors.items():
-            layer = layer_of(tensor, prefix)
-            if layer is None:
-                tensors.append((info, tensor))
-            elif layer in new_index:
-                rest = tensor.removeprefix(f"{prefix}.{layer}.")
-                tensors.append((info, f"{prefix}.{new_index[layer]}.{rest}"))
-        if tensors:
-            wanted.append((name, tensors))
-    return [
-        ShardCopy(
-            checkpoint.path / name,
-            folder / shard_name(number, len(wanted)),
-            tensors,
-            checkpoint.shards[name].metadata,
-        )
-        for number, (name, tensors) in enumerate(wanted, 1)
+    Raises:
+        UserError: what cannot be expressed.
+    """
+    config = read_config(checkpoint.companions, trust_remote_code)
+    whole = Skeleton(checkpoint.config, config, empty_model(config, trust_remote_code))
+    names = list(checkpoint.tensors)
+    chosen = choose_stacks(find_stacks(whole.model), config, kept.kept if isinstance(kept, Plan) else kept)
+    if isinstance(kept, Plan) and kept.num_layers != (depth := next(iter(chosen)).depth):
+        raise UserError(f"the plan is for {kept.num_layers} layers, the model has {depth}")
+    plans = {stack: Plan.keeping(stack.depth, layers).kept for stack, layers in chosen.items()}
+    stacks = [
+        StackNames(stack_prefix(whole.model, stack, names), stack.depth, layers, FIRST_ONLY, not drop_next_token)
+        for stack, layers in plans.items()
     ]
+    _require_known_layers(checkpoint, stacks)
+    small = shrink(whole, plans, trust_remote_code)
+    stored = small.stored
+    if drop_next_token:
+        stored = _without_next_token(stored)
+    for stack in stacks:
+        if "quantization_config" in stored:
+            renumbered = renumber_names(stored["quantization_config"], stack.prefix, stack.kept)
+            stored = stored | {"quantization_config": renumbered}
+    renamed = new_names(names, stacks)
+    asked, state = model_names(whole.model, renamed), whole.model.state_dict().keys()
+    unasked = [renamed[name] for name, (key, _) in asked.items() if key not in state]
+    strange = {key for key, _ in model_names(small.model, unasked).values()}
+    return Rewrite(stored, plans, stacks, _untied(renamed, checkpoint, whole.model), strange)
 
 
-def copy_shard(copy: ShardCopy) -> None:
-    """Write one shard whole or not at all; one that stands already is left alone."""
-    if copy.target.exists():
-        return
-    temporary = copy.target.with_suffix(".tmp")
-    try:
-        copy_tensors(copy.source, temporary, copy.tensors, copy.metadata)
-        temporary.replace(copy.target)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _untied(renamed: dict[str, str], checkpoint: StoredCheckpoint, model: Any) -> dict[str, str]:
+    """Without second names of one tensor, which safetensors leaves out; other formats have both."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    tensors = checkpoint.tensors
+    return {
+        old: new
+        for old, new in renamed.items()
+        if not (old in tied and tied[old] in tensors and tensors[tied[old]].pieces == tensors[old].pieces)
+    }
 
 
-def _copy_companions(source: Path, folder: Path) -> None:
+def _require_known_layers(checkpoint: StoredCheckpoint, stacks: list[StackNames]) -> None:
+    """Layers after the last are such that predict further tokens, or the configuration is wrong."""
+    for stack in stacks:
+        layers = {layer_of(name, stack.prefix) or 0 for name in checkpoint.tensors}
+        further = sorted(layer for layer in layers if layer >= stack.depth)
+        if further and not any(_field(checkpoint.config, name) for name in NEXT_TOKEN_FIELDS):
+            raise UserError(
+                f"the configuration asks for {stack.depth} layers, the tensors {stack.prefix}.N.* have layers "
+                f"{further} too: correct the number in config.json"
+            )
+
+
+def _field(stored: dict[str, Any], name: str) -> Any:
+    return stored.get(name, stored.get("text_config", {}).get(name))
+
+
+def _without_next_token(stored: dict[str, Any]) -> dict[str, Any]:
+    changed = stored | {name: 0 for name in NEXT_TOKEN_FIELDS if name in stored}
+    if "text_config" in changed:
+        changed["text_config"] = _without_next_token(changed["text_config"])
+    return changed
+
+
+def _write_descriptions(folder: Path, copies: list[ShardCopy], rewrite: Rewrite, request: Request) -> None:
+    write_json(folder / "config.json", rewrite.stored)
+    if len(copies) > 1:
+        write_json(folder / INDEX_NAME, index_json({copy.target.name: read_header(copy.target) for copy in copies}))
+    write_json(folder / LAYER_MAP, layer_map(rewrite.kept) | {"request": request.digest})
+
+
+def layer_map(kept: Kept) -> dict[str, Any]:
+    """Content of `layer_map.json`; of several stacks, by name."""
+    maps = {
+        stack.name: {"old_to_new": {str(old): new for new, old in enumerate(layers)}, "new_to_old": layers}
+        for stack, layers in kept.items()
+    }
+    return next(iter(maps.values())) if len(maps) == 1 else {"stacks": maps}
+
+
+def _copy_companions(source: Path, folder: Path, kept: Kept) -> None:
     """Tokenizer, chat template, generation configuration, remote code, licence: every file that holds no weights."""
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix not in WEIGHT_SUFFIXES and not file.name.endswith(".index.json"):
             shutil.copyfile(file, folder / file.name)
+    generation = folder / "generation_config.json"
+    content = json.loads(generation.read_text()) if generation.is_file() else {}
+    for stack, layers in kept.items():
+        if content.get("alignment_heads") and ".decoder." in f".{stack.name}.":  # Whisper: [layer, head] of the decoder
+            heads = [[layers.index(layer), head] for layer, head in content["alignment_heads"] if layer in layers]
+            write_json(generation, content | {"alignment_heads": heads or None})
 
 
-def _require_target(source: Path, target: Path) -> None:
-    inside = target.resolve()
-    if inside == source.resolve() or source.resolve() in inside.parents:
-        raise UserError(f"the target {target} is, or lies in, the source {source}: give another folder")
-    if target.exists() and not (target / "layer_map.json").is_file() and (target.is_file() or any(target.iterdir())):
+def require_target(checkpoint: StoredCheckpoint, target: Path) -> None:
+    """Refuse a target that would do harm.
+
+    Raises:
+        UserError: it lies in the source, holds it, or is something else.
+    """
+    place = target.resolve()
+    for folder in {checkpoint.path.resolve(), checkpoint.companions.resolve()}:
+        if place == folder or folder in place.parents:
+            raise UserError(f"the target {target} is, or lies in, the source {folder}: give another folder")
+        if place in folder.parents:
+            raise UserError(f"the target {target} holds the source {folder}: give another folder")
+    if target.exists() and not (target / LAYER_MAP).is_file() and (target.is_file() or any(target.iterdir())):
         raise UserError(f"the target {target} exists and is no rewritten checkpoint: give another folder")

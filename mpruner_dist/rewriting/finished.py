@@ -1,0 +1,40 @@
+"""Whether a rewrite is done already: told from the files, without torch."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpruner_dist.checkpoints.folder import read_checkpoint
+from mpruner_dist.errors import UserError
+from mpruner_dist.plan import Keep, Plan
+from mpruner_dist.runs import digest
+
+LAYER_MAP = "layer_map.json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the content of a rewritten checkpoint follows from."""
+
+    source: str
+    """Fingerprint of the source."""
+    kept: Keep
+    max_shard_bytes: int | None
+    drop_next_token: bool
+
+    @property
+    def digest(self) -> str:
+        """Equal for requests with equal results."""
+        kept = self.kept.kept if isinstance(self.kept, Plan) else self.kept
+        return digest.digest([self.source, kept, self.max_shard_bytes, self.drop_next_token])
+
+
+def is_finished(request: Request, target: Path) -> bool:
+    """Whether `target` is what was asked for, whole."""
+    try:
+        content: Any = json.loads((target / LAYER_MAP).read_text())
+        read_checkpoint(target)
+    except (OSError, ValueError, UserError):
+        return False
+    return isinstance(content, dict) and content.get("request") == request.digest
