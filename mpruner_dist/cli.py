@@ -101,6 +101,12 @@ def rewrite(
         str | None, typer.Option(help="Fill files up to this size, such as 5GB; else they are split as in SOURCE.")
     ] = None,
     drop_mtp: Annotated[bool, typer.Option("--drop-mtp", help="Leave out layers that predict further tokens.")] = False,
+    universal: Annotated[
+        bool,
+        typer.Option(
+            "--universal", help="From a DeepSpeed checkpoint that you trust, a universal one with the moments."
+        ),
+    ] = False,
     trust_remote_code: Remote = False,
 ) -> None:
     """Write a checkpoint without some of its layers. Needs no run and no Ray.
@@ -115,6 +121,14 @@ def rewrite(
     if (plan_file is None) == (not keep):
         raise UserError("give --plan plan.json or --keep 0-11,20-31, and just one of them")
     kept = read_plan(plan_file) if plan_file else parse_keep(keep or [])
+    if universal:
+        if max_shard_size or drop_mtp:
+            raise UserError("--universal writes no shards: leave out --max-shard-size and --drop-mtp")
+        from mpruner_dist.rewriting.universal import rewrite_universal
+
+        rewrite_universal(source, target, kept, config_folder=config_folder, trust_remote_code=trust_remote_code)
+        typer.echo(f"{target}: universal checkpoint of the kept layers; resume with checkpoint.load_universal")
+        return
     size = parse_size(max_shard_size) if max_shard_size else None
     request = Request(open_checkpoint(source, config_folder).fingerprint(), kept, size, drop_mtp)
     if is_finished(request, target):  # before the seconds that torch takes to start

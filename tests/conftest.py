@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ import pytest
 import torch
 import transformers
 import yaml
+
+from mpruner_dist.cluster.engine import start_deepspeed
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).parent.parent
@@ -65,6 +68,26 @@ def make_text(path: Path, records: int = 300, seed: int = 0) -> None:
     draw = random.Random(seed)
     lines = [json.dumps({"text": " ".join(draw.choices(WORDS, k=draw.randint(5, 60)))}) for _ in range(records)]
     path.write_text("\n".join(lines) + "\n")
+
+
+def on_ranks(count: int, job: Callable[..., None], *arguments: Any) -> None:
+    """Run a function on so many ranks; each must return."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_one_rank, (count, port, job, arguments), nprocs=count)
+
+
+def _one_rank(rank: int, count: int, port: int, job: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "DS_ACCELERATOR": "cpu",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    start_deepspeed(torch.device("cpu"))
+    job(*arguments)
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

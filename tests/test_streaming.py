@@ -1,18 +1,15 @@
 """Weights read slice by slice are those that transformers reads whole, and DeepSpeed works with them."""
 
-import os
-import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from conftest import make_model
+from conftest import make_model, on_ranks
 from safetensors.torch import load_file, save_file
 
-from mpruner_dist.cluster.engine import gathered, make_engine, start_deepspeed
+from mpruner_dist.cluster.engine import gathered, make_engine
 from mpruner_dist.config import ModelConfig
 from mpruner_dist.errors import UserError
 from mpruner_dist.models.engines import load_for
@@ -29,26 +26,6 @@ def inference(dtype: str = "float32", **zero: Any) -> dict[str, Any]:
         "bf16": {"enabled": dtype == "bfloat16"},
         "zero_optimization": {"stage": 3, **zero},
     }
-
-
-def on_ranks(count: int, job: Callable[..., None], *arguments: Any) -> None:
-    """Run a function on so many ranks; each must return."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_one_rank, (count, port, job, arguments), nprocs=count)
-
-
-def _one_rank(rank: int, count: int, port: int, job: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "DS_ACCELERATOR": "cpu",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
-    }  # fmt: skip
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    start_deepspeed(torch.device("cpu"))
-    job(*arguments)
-    torch.distributed.destroy_process_group()
 
 
 def load(folder: Path, settings: dict[str, Any], dtype: str = "float32", head: bool = True) -> tuple[Any, list[str]]:

@@ -54,7 +54,7 @@ def read_checkpoint(path: Path) -> CheckpointFolder:
     config_path = path / "config.json"
     if not config_path.is_file():
         raise UserError(f"{path} holds no config.json: it is no Hugging Face model folder")
-    config = _read_json(config_path)
+    config = read_json(config_path)
     index_path = path / INDEX_NAME
     if not index_path.is_file():
         if not (path / SINGLE_NAME).is_file():
@@ -62,18 +62,28 @@ def read_checkpoint(path: Path) -> CheckpointFolder:
                 f"{path} holds neither {INDEX_NAME} nor {SINGLE_NAME}: convert the model to safetensors first"
             )
         return CheckpointFolder(path, config, {SINGLE_NAME: read_header(path / SINGLE_NAME)})
-    weight_map = _read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index_path} has no weight_map")
-    shards: dict[str, Header] = {}
-    for name in sorted(set(weight_map.values()), key=str):
-        if not isinstance(name, str) or Path(name).name != name:
-            raise UserError(f"{index_path} names {name!r}, which is not a file of its own folder")
-        if not (path / name).is_file():
-            raise UserError(f"{path} lacks the shard {name} that its index names; fetch it again")
-        shards[name] = read_header(path / name)
+    weight_map, names = shard_names(index_path)
+    shards = {name: read_header(path / name) for name in names}
     _check_index(index_path, weight_map, shards)
     return CheckpointFolder(path, config, shards)
+
+
+def shard_names(index_path: Path) -> tuple[dict[str, str], list[str]]:
+    """The index of a checkpoint, tensor -> file, and its files, which are all there.
+
+    Raises:
+        UserError: no index, a file that is missing, or one outside the folder.
+    """
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index_path} has no weight_map")
+    names = sorted(set(map(str, weight_map.values())))
+    for name in names:
+        if Path(name).name != name:
+            raise UserError(f"{index_path} names {name!r}, which is not a file of its own folder")
+        if not (index_path.parent / name).is_file():
+            raise UserError(f"{index_path.parent} lacks the shard {name} that its index names; fetch it again")
+    return weight_map, names
 
 
 def _check_index(index_path: Path, weight_map: dict[str, str], shards: dict[str, Header]) -> None:
@@ -86,7 +96,12 @@ def _check_index(index_path: Path, weight_map: dict[str, str], shards: dict[str,
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        UserError: unreadable, or something else.
+    """
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -33,8 +33,16 @@ class Request:
 def is_finished(request: Request, target: Path) -> bool:
     """Whether `target` is what was asked for, whole."""
     try:
-        content: Any = json.loads((target / LAYER_MAP).read_text())
         read_checkpoint(target)
-    except (OSError, ValueError, UserError):
+    except UserError:
+        return False
+    return is_made_by(request, target)
+
+
+def is_made_by(request: Request, target: Path) -> bool:
+    """Whether `target` says that it follows from this request."""
+    try:
+        content: Any = json.loads((target / LAYER_MAP).read_text())
+    except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("request") == request.digest

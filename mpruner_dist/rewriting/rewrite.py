@@ -28,7 +28,8 @@ from mpruner_dist.runs.commit import commit_folder, disk_errors, require_space, 
 
 log = logging.getLogger(__name__)
 
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".distcp", ".metadata"}
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".distcp"}
+TRAINING_FILES = {"latest", "latest_universal", "zero_to_fp32.py", ".metadata", LAYER_MAP}
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -96,7 +97,7 @@ def rewrite_checkpoint(
         partial.mkdir(parents=True, exist_ok=True)
         require_space(partial, sum(copy.num_bytes for copy in copies if not copy.is_done))
         run_tasks(copy_shard, copies)
-        _copy_companions(checkpoint.companions, partial, rewrite.kept)
+        copy_companions(checkpoint.companions, partial, rewrite.kept)
     _write_descriptions(partial, copies, rewrite, request)
     run_tasks(prove, [Claim(checkpoint.companions, partial, rewrite.strange, trust_remote_code)])
     commit_folder(partial, target)
@@ -187,10 +188,11 @@ def layer_map(kept: Kept) -> dict[str, Any]:
     return next(iter(maps.values())) if len(maps) == 1 else {"stacks": maps}
 
 
-def _copy_companions(source: Path, folder: Path, kept: Kept) -> None:
+def copy_companions(source: Path, folder: Path, kept: Kept) -> None:
     """Tokenizer, chat template, generation configuration, remote code, licence: every file that holds no weights."""
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix not in WEIGHT_SUFFIXES and not file.name.endswith(".index.json"):
+        is_weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json") or file.name in TRAINING_FILES
+        if file.is_file() and not is_weights:
             shutil.copyfile(file, folder / file.name)
     generation = folder / "generation_config.json"
     content = json.loads(generation.read_text()) if generation.is_file() else {}

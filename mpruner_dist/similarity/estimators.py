@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from mpruner_dist.errors import UserError
-from mpruner_dist.similarity.hsic import gram, h_centred, pack, products_with_permuted, u_centred, unpack
+from mpruner_dist.similarity.hsic import (
+    gram,
+    h_centred,
+    pack,
+    products_of_pairs,
+    products_with_permuted,
+    u_centred,
+    unpack,
+)
 
 FEATURE_LIMIT = 2048
 """Layers times width up to which cross-covariances of all pairs of layers are kept: 34 MB a batch and matrix."""
@@ -86,7 +94,7 @@ class HsicTerms:
         null_RLL = packed_LP.new_zeros(len(orders_RN), self.layers, self.layers)
         for index, order_N in enumerate(orders_RN):
             null_RLL[index] = products_with_permuted(packed_LP, order_N)
-        return {"hsic": (packed_LP @ packed_LP.T).double() / scale, "null": null_RLL.double() / scale}
+        return {"hsic": products_of_pairs(packed_LP).double() / scale, "null": null_RLL.double() / scale}
 
 
 class SentenceTerms(HsicTerms):
@@ -104,7 +112,7 @@ class SentenceTerms(HsicTerms):
         for group in torch.unique(groups_N):
             inside = groups_N == group
             packed_LP = self.part(chosen_N[inside])
-            hsic_LL = (packed_LP @ packed_LP.T).double()
+            hsic_LL = products_of_pairs(packed_LP).double()
             root_L = hsic_LL.diagonal().sqrt()
             exists_L = root_L > ROUNDING * self.packed_LP.abs().amax(1)
             exists_LL = exists_L.outer(exists_L)

@@ -83,6 +83,12 @@ def permuted_places(order_N: Tensor) -> Tensor:
     return place_NN[order_N][:, order_N].flatten()[flat_P]
 
 
+def products_of_pairs(rows_LP: Tensor) -> Tensor:
+    """Inner products of all pairs of rows, [L, L], symmetric to the last bit: matrix products are not everywhere."""
+    upper_LL = (rows_LP @ rows_LP.T).triu()
+    return upper_LL + upper_LL.triu(1).T
+
+
 def products_with_permuted(packed_LP: Tensor, order_N: Tensor) -> Tensor:
     """Inner products [L, L] of the matrices with themselves, rows and columns of the second in another order."""
     place_P = permuted_places(order_N)
@@ -106,7 +112,7 @@ def hsic_of_pairs(gram_LNN: Tensor) -> Tensor:
     if n < MIN_SAMPLES:
         raise ValueError(f"the unbiased HSIC needs {MIN_SAMPLES} samples, got {n}")
     flat = u_centred(gram_LNN.double()).flatten(1)
-    return flat @ flat.T / (n * (n - 3))
+    return products_of_pairs(flat) / (n * (n - 3))
 
 
 def unbiased_hsic(gram_NN: Tensor, other_NN: Tensor) -> Tensor:

@@ -1,0 +1,286 @@
+"""Checkpoints of every kind: the bytes found in them are the weights that torch or DeepSpeed would load."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import make_model, on_ranks
+from families import make_family
+from safetensors.torch import load_file
+
+from mpruner_dist.checkpoints.formats import open_checkpoint
+from mpruner_dist.checkpoints.torch_files import read_torch_file
+from mpruner_dist.cluster.engine import gathered
+from mpruner_dist.errors import UserError
+from mpruner_dist.rewriting.proof import verify_checkpoint
+from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
+from mpruner_dist.rewriting.universal import rewrite_universal
+
+KEPT = [0, 3, 6, 7]
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for shard in folder.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+
+
+def expected(weights: dict[str, torch.Tensor], kept: list[int] = KEPT) -> dict[str, torch.Tensor]:
+    """Named anew by hand."""
+    found = {}
+    for name, tensor in weights.items():
+        parts = name.split(".")
+        if parts[1] == "layers":
+            if int(parts[2]) not in kept:
+                continue
+            parts[2] = str(kept.index(int(parts[2])))
+        found[".".join(parts)] = tensor
+    return found
+
+
+def expect_same(found: dict[str, torch.Tensor], asked: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == asked.keys()
+    for name, tensor in asked.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def save_bin(model: Any, folder: Path, files: int) -> None:
+    """As transformers wrote checkpoints before safetensors, a tied weight under both names."""
+    model.save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    state = model.state_dict()
+    names = list(state)
+    if files == 1:
+        torch.save(state, folder / "pytorch_model.bin")
+        return
+    shards = {f"pytorch_model-{n + 1:05d}-of-{files:05d}.bin": names[n::files] for n in range(files)}
+    for file, part in shards.items():
+        torch.save({name: state[name] for name in part}, folder / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, part in shards.items() for name in part}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("files", [1, 3])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_files_of_torch_save(tmp_path: Path, files: int, tied: bool, dtype: torch.dtype) -> None:
+    model = make_model("llama", tmp_path / "model", tie_word_embeddings=tied).to(dtype)
+    shutil.rmtree(tmp_path / "model")
+    save_bin(model, tmp_path / "model", files)
+    rewrite_checkpoint(tmp_path / "model", tmp_path / "small", KEPT)
+    asked = {n: t for n, t in model.state_dict().items() if not (tied and files == 1 and n == "lm_head.weight")}
+    expect_same(weights_in(tmp_path / "small"), expected(asked))
+    verify_checkpoint(tmp_path / "small")
+    small = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert small.config.num_hidden_layers == 4
+
+
+class Runs:
+    """What an attacker would put into a file: unpickled, it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.path,)
+
+
+def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(2), "trap": Runs(tmp_path / "trap")}, tmp_path / "file.bin")
+    content = read_torch_file(tmp_path / "file.bin")
+    assert content["weight"].shape == (2,)
+    assert not (tmp_path / "trap").exists()
+
+
+def test_a_view_with_strides_is_refused_by_name(tmp_path: Path) -> None:
+    model = make_model("llama", tmp_path / "model")
+    save_bin(model, tmp_path / "model", 1)
+    state = model.state_dict()
+    torch.save(state | {"model.norm.weight": torch.ones(64)[::2]}, tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"model\.norm\.weight is a view of another tensor \(strides \[2\]"):
+        rewrite_checkpoint(tmp_path / "model", tmp_path / "small", KEPT)
+
+
+def test_old_and_damaged_files_are_refused(tmp_path: Path) -> None:
+    model = make_model("llama", tmp_path / "model")
+    save_bin(model, tmp_path / "model", 1)
+    path = tmp_path / "model" / "pytorch_model.bin"
+    content = path.read_bytes()
+    torch.save(model.state_dict(), path, _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match=r"saved by torch before 1\.6"):
+        open_checkpoint(tmp_path / "model")
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"pytorch_model\.bin is damaged"):
+        open_checkpoint(tmp_path / "model")
+    path.unlink()
+    with pytest.raises(UserError, match=r"holds no weights that can be read: neither model\.safetensors"):
+        open_checkpoint(tmp_path / "model")
+
+
+def test_an_index_that_names_what_its_files_lack(tmp_path: Path) -> None:
+    model = make_model("llama", tmp_path / "model")
+    save_bin(model, tmp_path / "model", 2)
+    index = tmp_path / "model" / "pytorch_model.bin.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.ghost"] = next(iter(content["weight_map"].values()))
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"names tensors that its files lack: \[\('model\.ghost'"):
+        open_checkpoint(tmp_path / "model")
+    content["weight_map"]["model.ghost"] = "../elsewhere.bin"
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"'\.\./elsewhere\.bin', which is not a file of its own folder"):
+        open_checkpoint(tmp_path / "model")
+
+
+def engine_for(source: Path, stage: int, freeze: bool, resume: bool) -> Any:
+    import deepspeed
+
+    kind = transformers.AutoModelForCausalLM
+    model = (
+        kind.from_config(transformers.AutoConfig.from_pretrained(source)) if resume else kind.from_pretrained(source)
+    )
+    model.model.embed_tokens.weight.requires_grad_(not freeze)
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "torch_adam": True}},
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": True},
+        "checkpoint": {"load_universal": resume},
+    }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return deepspeed.initialize(model=model, model_parameters=trained, config=settings)[0]
+
+
+def step(engine: Any) -> float:
+    ids = torch.arange(3, 23).view(1, 20) + torch.distributed.get_rank()
+    loss = engine(input_ids=ids, labels=ids).loss
+    engine.backward(loss)
+    engine.step()
+    return float(loss)
+
+
+def save_state(engine: Any, path: Path) -> None:
+    """Weights and moments by name, whole."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    state: dict[str, dict[str, Any]] = {}
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            with gathered(parameter):
+                state[name] = {"fp32": parameter.detach().clone()}
+            continue
+        state[name] = {key: safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")}
+        state[name]["fp32"] = safe_get_full_fp32_param(parameter)
+    if torch.distributed.get_rank() == 0:
+        torch.save({"state": state, "steps": engine.global_steps}, path)
+
+
+def train(folder: Path, stage: int, freeze: bool) -> None:
+    engine = engine_for(folder / "model", stage, freeze, resume=False)
+    for _ in range(2):
+        step(engine)
+    engine.save_checkpoint(folder / "saved")
+    save_state(engine, folder / "before.pt")
+
+
+def go_on(folder: Path, stage: int) -> None:
+    engine = engine_for(folder / "universal", stage, freeze=False, resume=True)
+    engine.load_checkpoint(folder / "universal")
+    save_state(engine, folder / "after.pt")
+    assert 0 < step(engine) < 100
+    assert engine.global_steps == 3
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("stage", "ranks", "other_ranks", "freeze"), [(1, 2, 1, False), (2, 2, 1, False), (3, 2, 1, False), (3, 3, 3, True)]
+)
+def test_a_deepspeed_checkpoint(tmp_path: Path, stage: int, ranks: int, other_ranks: int, freeze: bool) -> None:
+    """Its weights to safetensors; its weights and moments to a universal checkpoint, from which training goes on."""
+    make_model("llama", tmp_path / "model", intermediate_size=57)  # does not divide evenly
+    on_ranks(ranks, train, tmp_path, stage, freeze)
+    before = torch.load(tmp_path / "before.pt")["state"]
+    source = tmp_path / "saved"
+    with pytest.raises(UserError, match=r"holds no config\.json: say where it lies with --config"):
+        rewrite_checkpoint(source, tmp_path / "small", KEPT)
+    rewrite_checkpoint(source, tmp_path / "small", KEPT, config_folder=tmp_path / "model", max_shard_bytes=60_000)
+    asked = {name: of["fp32"] if stage == 3 else of["fp32"].bfloat16() for name, of in expected(before).items()}
+    expect_same(weights_in(tmp_path / "small"), asked)
+    assert len(list((tmp_path / "small").glob("*.safetensors"))) > 1
+    verify_checkpoint(tmp_path / "small")
+
+    if freeze:
+        with pytest.raises(UserError, match=r"has 1 parameters that are not trained, such as model\.embed_tokens"):
+            rewrite_universal(source, tmp_path / "universal", KEPT, config_folder=tmp_path / "model")
+        return
+    rewrite_universal(source, tmp_path / "universal", KEPT, config_folder=tmp_path / "model")
+    assert json.loads((tmp_path / "universal" / "layer_map.json").read_text())["new_to_old"] == KEPT
+    assert not (tmp_path / "universal" / "latest").exists()
+    on_ranks(other_ranks, go_on, tmp_path, stage)
+    after = torch.load(tmp_path / "after.pt")
+    assert after["steps"] == 2
+    assert after["state"].keys() == expected(before).keys()
+    for name, of in expected(before).items():
+        for key, value in of.items():
+            assert torch.equal(after["state"][name][key], value), (name, key)
+            assert value.abs().max() > 0, (name, key)
+
+    (source / "global_step2" / next(source.glob("*/*_pp_rank_1_*_optim_states.pt")).name).unlink()
+    if stage == 3:
+        with pytest.raises(UserError, match=f"{ranks} files of model states and {ranks - 1}"):
+            open_checkpoint(source, tmp_path / "model")
+
+
+def test_only_deepspeed_checkpoints_have_moments(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no DeepSpeed checkpoint"):
+        rewrite_universal(tiny / "model", tmp_path / "small", [0, 7])
+
+
+def save_distributed(folder: Path, wrapped: bool) -> None:
+    """Shard with FSDP2 and save as torch does, with an optimizer beside the model."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    for block in model.model.layers:
+        fully_shard(block)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(input_ids=torch.arange(3, 23).view(1, 20)).logits.sum().backward()
+    optimizer.step()
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments} if wrapped else weights, checkpoint_id=folder / "dcp")
+    whole = {name: getattr(tensor, "full_tensor", lambda t=tensor: t)() for name, tensor in weights.items()}
+    if torch.distributed.get_rank() == 0:
+        torch.save(whole, folder / "whole.pt")
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("ranks", "wrapped"), [(1, False), (3, True)])
+def test_a_distributed_checkpoint(tmp_path: Path, ranks: int, wrapped: bool) -> None:
+    make_model("llama", tmp_path / "model", intermediate_size=57)
+    on_ranks(ranks, save_distributed, tmp_path, wrapped)
+    rewrite_checkpoint(tmp_path / "dcp", tmp_path / "small", KEPT, config_folder=tmp_path / "model")
+    expect_same(weights_in(tmp_path / "small"), expected(torch.load(tmp_path / "whole.pt")))
+    verify_checkpoint(tmp_path / "small")
+    next((tmp_path / "dcp").glob("*.distcp")).unlink()
+    with pytest.raises(UserError, match=r"\.metadata names '__0_0\.distcp', which is no file beside it"):
+        open_checkpoint(tmp_path / "dcp", tmp_path / "model")
+
+
+def test_a_folder_of_its_own_needs_no_other_configuration(tiny: Path) -> None:
+    with pytest.raises(UserError, match="--config is for weights without"):
+        open_checkpoint(tiny / "model", tiny / "model")
+
+
+def test_mixtures_from_files_of_torch_save(tmp_path: Path) -> None:
+    """Their experts lie merged in memory: the names are those of the model, which transformers loads as well."""
+    model = make_family("mixtral", tmp_path / "model")
+    save_bin(model, tmp_path / "model", 1)
+    rewrite_checkpoint(tmp_path / "model", tmp_path / "small", KEPT)
+    expect_same(weights_in(tmp_path / "small"), expected(model.state_dict()))
