@@ -145,6 +145,8 @@ class PlanConfig(_Section):
     target_parameters: Positive | None = None
     protect_first: NonNegative = 1
     protect_last: NonNegative = 1
+    preserve_pattern: bool = False
+    """Only plans after which serving engines that know a layer's kind by its number are right; see mpruner verify."""
     file: Path | None = None
 
     @model_validator(mode="after")
@@ -156,6 +158,8 @@ class PlanConfig(_Section):
             raise ValueError(f"{budgets[0]} is a budget: it goes with method partition, not {self.method}")
         if (self.method == "file") != (self.file is not None):
             raise ValueError("method file and plan.file go together: give both or neither")
+        if self.method == "file" and self.preserve_pattern:
+            raise ValueError("preserve_pattern changes a plan, method file takes it as given: choose one")
         return self
 
 

@@ -145,11 +145,18 @@ class Road:
                 stderr=measured["stderr"],
                 parameters=sizes,
                 other_parameters=self.checkpoint.num_parameters - sum(sizes),
+                pattern=self._pattern() if self.config.plan.preserve_pattern else None,
             )
             write_json(self.folder / "plan.json", plan.model_dump())
             log.info("  keeps layers %s of %d", format_layers(plan.kept), plan.num_layers)
 
         return inputs, ("plan.json",), make
+
+    def _pattern(self) -> Any:
+        from mpruner_dist.models.loading import read_config
+        from mpruner_dist.models.serving import kinds_and_pattern
+
+        return kinds_and_pattern(read_config(self.source, self.config.model.trust_remote_code))
 
     def rewrite(self) -> Step:
         """The checkpoint without the layers, proven."""

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "mpruner_dist"
 LEVELS = [
     {"errors", "logs"},
     {"config", "plan"},
-    {"config_file"},
+    {"config_file", "exchange"},
     {"runs"},
     {"cluster", "checkpoints", "data"},
     {"models"},
@@ -36,13 +36,13 @@ OWNERS = {
     "transformers": {"models", "data"},
     "huggingface_hub": {"checkpoints"},
     "pydantic": {"config", "config_file", "plan"},
-    "yaml": {"config", "config_file"},
+    "yaml": {"config", "config_file", "exchange"},
     "typer": {"cli"},
     "matplotlib": {"reporting"},
     "jinja2": {"reporting"},
 }
-NO_TORCH = {"errors", "logs", "config", "config_file", "plan", "runs", "checkpoints.folder", "checkpoints.header",
-            "planning", "similarity.finalise", "similarity.sums", "similarity.stage", "reporting", "road", "pipeline",
+NO_TORCH = {"errors", "logs", "config", "config_file", "exchange", "plan", "runs", "checkpoints.folder",
+            "checkpoints.header", "planning", "similarity.finalise", "similarity.sums", "similarity.stage", "reporting", "road", "pipeline",
             "cli"}  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """From similarities to a plan. Instant, no torch, no processes."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from mpruner_dist.config import PlanConfig
 from mpruner_dist.errors import UserError
-from mpruner_dist.plan import Plan, read_plan
+from mpruner_dist.plan import Plan, nearest_matching, read_plan
 from mpruner_dist.planning.clusters import (
     Clusters,
     Floats,
@@ -25,6 +25,7 @@ def make_plan(
     stderr: Sequence[Sequence[float]] | Floats | None = None,
     parameters: Sequence[int] | None = None,
     other_parameters: int = 0,
+    pattern: tuple[Sequence[Hashable], Sequence[Hashable]] | None = None,
 ) -> Plan:
     """Decide which layers go.
 
@@ -34,9 +35,10 @@ def make_plan(
         stderr: standard errors [L, L] of `cka`, told among the reasons; None if unknown.
         parameters: of each layer; needed for `target_parameters`.
         other_parameters: of the model outside its layers.
+        pattern: of each layer its kind, and of each place the kind that must stand there; None asks for none.
 
     Raises:
-        UserError: the budget or the given plan cannot be met.
+        UserError: the budget, the pattern or the given plan cannot be met.
     """
     cka_LL = np.asarray(cka, np.float64)
     depth = len(cka_LL)
@@ -57,8 +59,20 @@ def make_plan(
         clusters = _partition(cka_LL, config, protected, parameters, other_parameters)
         dropped = removed_by_stride(clusters, 1, set())
     kept = [layer for layer in range(depth) if layer not in dropped]
+    if pattern is not None:
+        kept = _nearest(kept, pattern)
+        dropped = [layer for layer in range(depth) if layer not in kept]
     reasons = _reasons(clusters, dropped, cka_LL, np.asarray(stderr) if stderr is not None else None)
     return Plan.keeping(depth, kept, clusters=clusters, reasons=reasons, method=config.method)
+
+
+def _nearest(kept: list[int], pattern: tuple[Sequence[Hashable], Sequence[Hashable]]) -> list[int]:
+    """As many layers, in the pattern, and as many of them as possible among those that were to be kept."""
+    have, need = pattern
+    found = nearest_matching(have, need[: len(kept)], kept)
+    if found is None:
+        raise UserError(f"plan.preserve_pattern: no {len(kept)} layers keep the pattern of kinds; keep more layers")
+    return found
 
 
 def _partition(
@@ -88,6 +102,9 @@ def _reasons(clusters: Clusters, dropped: list[int], cka_LL: Floats, stderr_LL: 
     anchor = {layer: cluster[0] for cluster in clusters for layer in cluster}
     reasons: dict[str, Any] = {}
     for layer in dropped:
+        if anchor[layer] == layer:
+            reasons[str(layer)] = "another layer takes its place, so that the kinds keep their pattern"
+            continue
         reason: dict[str, Any] = {"like": anchor[layer], "cka": float(cka_LL[anchor[layer], layer])}
         if stderr_LL is not None:
             reason["stderr"] = float(stderr_LL[anchor[layer], layer])

@@ -17,9 +17,10 @@ from mpruner_dist.errors import UserError
 from mpruner_dist.models.config_fields import NEXT_TOKEN_FIELDS, renumber_names
 from mpruner_dist.models.loading import empty_model, read_config
 from mpruner_dist.models.naming import model_names, stack_prefix
+from mpruner_dist.models.serving import kinds_and_pattern
 from mpruner_dist.models.signature import FIRST_ONLY
 from mpruner_dist.models.stacks import choose_stacks, find_stacks
-from mpruner_dist.plan import Keep, Plan
+from mpruner_dist.plan import Keep, Plan, format_layers, nearest_matching
 from mpruner_dist.rewriting.finished import LAYER_MAP, Request, is_finished
 from mpruner_dist.rewriting.layout import ShardCopy, StackNames, copy_shard, new_names, plan_copies
 from mpruner_dist.rewriting.proof import Claim, prove
@@ -46,6 +47,15 @@ class Rewrite:
     """Tensors, as the model names them, that the original's model did not ask for either."""
 
 
+@dataclass(frozen=True)
+class Options:
+    """How a checkpoint is rewritten; as for `rewrite_checkpoint`."""
+
+    drop_next_token: bool = False
+    preserve_pattern: bool = False
+    trust_remote_code: bool = False
+
+
 def run_here(function: Callable[[Item], Result], items: list[Item]) -> list[Result]:
     """Do tasks one after another in this process."""
     results = []
@@ -63,6 +73,7 @@ def rewrite_checkpoint(
     config_folder: Path | None = None,
     max_shard_bytes: int | None = None,
     drop_next_token: bool = False,
+    preserve_pattern: bool = False,
     trust_remote_code: bool = False,
     run_tasks: Callable[[Callable[[Any], Any], list[Any]], list[Any]] = run_here,
 ) -> None:
@@ -78,6 +89,7 @@ def rewrite_checkpoint(
         config_folder: where config.json and the tokenizer lie, if not in `source`.
         max_shard_bytes: fill files up to so many bytes; None leaves together what lies together in `source`.
         drop_next_token: leave out layers that predict further tokens.
+        preserve_pattern: refuse a plan after which a serving engine would take a layer for one of another kind.
         trust_remote_code: run model code that lies in `source`.
         run_tasks: how the files are copied: `run_here`, or as Ray tasks.
 
@@ -90,7 +102,8 @@ def rewrite_checkpoint(
     request = Request(checkpoint.fingerprint(), kept, max_shard_bytes, drop_next_token)
     if is_finished(request, target):
         return
-    rewrite = prepare(checkpoint, kept, drop_next_token=drop_next_token, trust_remote_code=trust_remote_code)
+    options = Options(drop_next_token, preserve_pattern, trust_remote_code)
+    rewrite = prepare(checkpoint, kept, options)
     partial = target.with_name(f".{target.name}.partial-{request.digest}")
     copies = plan_copies(checkpoint, rewrite.renamed, partial, max_shard_bytes)
     with disk_errors(target):
@@ -105,27 +118,30 @@ def rewrite_checkpoint(
         shutil.rmtree(leftover)
 
 
-def prepare(checkpoint: StoredCheckpoint, kept: Keep, *, drop_next_token: bool, trust_remote_code: bool) -> Rewrite:
+def prepare(checkpoint: StoredCheckpoint, kept: Keep, options: Options) -> Rewrite:
     """Decide what stays under which name, and prove on the meta device that the layers stay what they are.
 
     Raises:
         UserError: what cannot be expressed.
     """
-    config = read_config(checkpoint.companions, trust_remote_code)
-    whole = Skeleton(checkpoint.config, config, empty_model(config, trust_remote_code))
+    config = read_config(checkpoint.companions, options.trust_remote_code)
+    whole = Skeleton(checkpoint.config, config, empty_model(config, options.trust_remote_code))
     names = list(checkpoint.tensors)
     chosen = choose_stacks(find_stacks(whole.model), config, kept.kept if isinstance(kept, Plan) else kept)
     if isinstance(kept, Plan) and kept.num_layers != (depth := next(iter(chosen)).depth):
         raise UserError(f"the plan is for {kept.num_layers} layers, the model has {depth}")
     plans = {stack: Plan.keeping(stack.depth, layers).kept for stack, layers in chosen.items()}
+    keep_next_token = not options.drop_next_token
     stacks = [
-        StackNames(stack_prefix(whole.model, stack, names), stack.depth, layers, FIRST_ONLY, not drop_next_token)
+        StackNames(stack_prefix(whole.model, stack, names), stack.depth, layers, FIRST_ONLY, keep_next_token)
         for stack, layers in plans.items()
     ]
     _require_known_layers(checkpoint, stacks)
-    small = shrink(whole, plans, trust_remote_code)
+    if options.preserve_pattern:
+        _require_pattern(config, plans)
+    small = shrink(whole, plans, options.trust_remote_code)
     stored = small.stored
-    if drop_next_token:
+    if options.drop_next_token:
         stored = _without_next_token(stored)
     for stack in stacks:
         if "quantization_config" in stored:
@@ -136,6 +152,22 @@ def prepare(checkpoint: StoredCheckpoint, kept: Keep, *, drop_next_token: bool, 
     unasked = [renamed[name] for name, (key, _) in asked.items() if key not in state]
     strange = {key for key, _ in model_names(small.model, unasked).values()}
     return Rewrite(stored, plans, stacks, _untied(renamed, checkpoint, whole.model), strange)
+
+
+def _require_pattern(config: Any, plans: Kept) -> None:
+    """Every layer stays of the kind that serving engines know its new number by."""
+    known = kinds_and_pattern(config)
+    for stack, layers in plans.items():
+        if known is None or len(known[0]) != stack.depth:
+            continue
+        have, need = known
+        if [have[layer] for layer in layers] != need[: len(layers)]:
+            found = nearest_matching(have, need[: len(layers)], layers)
+            nearest = "none" if found is None else format_layers(found)
+            raise UserError(
+                f"layers {format_layers(layers)} of {stack.name} break the pattern that serving engines know by the "
+                f"number of the layer; the nearest {len(layers)} that keep it: {nearest}"
+            )
 
 
 def _untied(renamed: dict[str, str], checkpoint: StoredCheckpoint, model: Any) -> dict[str, str]:

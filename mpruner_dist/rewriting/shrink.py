@@ -10,8 +10,7 @@ from mpruner_dist.models.config_fields import shrink_fields
 from mpruner_dist.models.loading import empty_model
 from mpruner_dist.models.signature import Signature, differences, signature
 from mpruner_dist.models.stacks import DepthField, Stack, config_at, find_stacks
-from mpruner_dist.plan import format_layers
-from mpruner_dist.rewriting.patterns import nearest_matching
+from mpruner_dist.plan import format_layers, nearest_matching
 from mpruner_dist.runs.digest import digest
 
 Kept = dict[Stack, list[int]]

@@ -10,7 +10,7 @@ from mpruner_dist.cluster.universal import convert_to_universal, prune_universal
 from mpruner_dist.errors import UserError
 from mpruner_dist.plan import Keep
 from mpruner_dist.rewriting.finished import LAYER_MAP, Request, is_made_by
-from mpruner_dist.rewriting.rewrite import copy_companions, layer_map, prepare, require_target
+from mpruner_dist.rewriting.rewrite import Options, copy_companions, layer_map, prepare, require_target
 from mpruner_dist.runs.commit import commit_folder, disk_errors, require_space, write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -18,7 +18,13 @@ LATEST = "latest_universal"
 
 
 def rewrite_universal(
-    source: Path, target: Path, kept: Keep, *, config_folder: Path | None = None, trust_remote_code: bool = False
+    source: Path,
+    target: Path,
+    kept: Keep,
+    *,
+    config_folder: Path | None = None,
+    preserve_pattern: bool = False,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write to `target` a universal checkpoint from which a training run of the kept layers goes on.
 
@@ -27,6 +33,7 @@ def rewrite_universal(
         target: a folder; an earlier rewrite there is replaced.
         kept: as for `rewrite_checkpoint`.
         config_folder: where config.json and the tokenizer lie, if not in `source`.
+        preserve_pattern: as for `rewrite_checkpoint`.
         trust_remote_code: run model code that lies there.
 
     Raises:
@@ -47,7 +54,7 @@ def rewrite_universal(
     request = Request(checkpoint.fingerprint(), kept, None, False)
     if is_made_by(request, target) and (target / LATEST).is_file():
         return
-    rewrite = prepare(checkpoint, kept, drop_next_token=False, trust_remote_code=trust_remote_code)
+    rewrite = prepare(checkpoint, kept, Options(preserve_pattern=preserve_pattern, trust_remote_code=trust_remote_code))
     partial = target.with_name(f".{target.name}.partial-{request.digest}")
     with disk_errors(target):
         shutil.rmtree(partial, ignore_errors=True)
