@@ -33,14 +33,13 @@ from pathlib import Path
 from mpruner_dist.checkpoints.formats import open_checkpoint
 from mpruner_dist.plan import parse_layers
 from mpruner_dist.rewriting.layout import copy_shard, plan_copies
-from mpruner_dist.rewriting.rewrite import Options, prepare
+from mpruner_dist.rewriting.rewrite import Options, prepare, run_here
 source, target = Path(sys.argv[1]), Path(sys.argv[2])
 checkpoint = open_checkpoint(source)
 rewrite = prepare(checkpoint, parse_layers(sys.argv[3]), Options())
 target.mkdir()
 begun = time.perf_counter()
-for copy in plan_copies(checkpoint, rewrite.renamed, target, None):
-    copy_shard(copy)
+run_here(copy_shard, plan_copies(checkpoint, rewrite.renamed, target, None))
 print(time.perf_counter() - begun)
 """
 
@@ -114,21 +113,18 @@ def main() -> None:
             shutil.rmtree(copied)
         again, _ = timed(rewrite)
         _, interpreter = timed([sys.executable, "-c", IMPORTS])
-        written = read_checkpoint(small).num_bytes
-        print(
-            f"{read_checkpoint(source).num_bytes / 1e9:.2f} GB, {written / 1e9:.2f} GB of them kept, {ROUNDS} rounds\n"
-        )
+        whole, written = read_checkpoint(source).num_bytes, read_checkpoint(small).num_bytes
+        print(f"{whole / 1e9:.2f} GB, {written / 1e9:.2f} GB of them kept, {ROUNDS} rounds\n")
         print("| | seconds (median) | GB/s |\n|---|--:|--:|")
         for name, values in seconds.items():
             print(f"| {name} | {np.median(values):.2f} | {written / 1e9 / np.median(values):.2f} |")
         for ours, theirs in (("copying alone", "cp"), ("rewrite", "cp and sync")):
             ratios = np.array(seconds[theirs]) / np.array(seconds[ours])
             print(
-                f"\nthroughput of {ours} / {theirs}: {np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
+                f"\n{ours}: {np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f}) of the throughput of {theirs}"
             )
-        print(
-            f"\npeak memory over the interpreter's {interpreter / 1e6:.0f} MB: {(max(peaks) - interpreter) / 1e6:.0f} MB"
-        )
+        more = max(peaks) - interpreter
+        print(f"\npeak memory over the interpreter's {interpreter / 1e6:.0f} MB: {more / 1e6:.0f} MB")
         print(f"the same command again: {again:.2f} s")
         if arguments.mergekit:
             beside_mergekit(arguments.mergekit, source, small, Path(folder), seconds["rewrite"])
@@ -150,8 +146,9 @@ def beside_mergekit(mergekit: str, source: Path, small: Path, folder: Path, ours
         shutil.rmtree(merged, ignore_errors=True)
         seconds.append(timed([mergekit, str(plan), str(merged), "--lazy-unpickle"])[0])
     same = digest_of_tensors(merged) == digest_of_tensors(small)
-    print(f"\nmergekit passthrough: {np.median(seconds):.2f} s (3 rounds), {np.median(seconds) / np.median(ours):.2f} times "
-          f"ours; its tensors are {'the same' if same else 'NOT THE SAME'}")  # fmt: skip
+    theirs = float(np.median(seconds))
+    print(f"\nmergekit passthrough: {theirs:.2f} s (3 rounds), {theirs / np.median(ours):.2f} times ours")
+    print(f"its tensors: {'the same' if same else 'NOT THE SAME'}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".distcp"}
 TRAINING_FILES = {"latest", "latest_universal", "zero_to_fp32.py", ".metadata", LAYER_MAP}
+AT_ONCE = 4
+"""Files that are copied at once where no Ray spreads them: one alone does not fill a fast disk."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -57,12 +60,17 @@ class Options:
 
 
 def run_here(function: Callable[[Item], Result], items: list[Item]) -> list[Result]:
-    """Do tasks one after another in this process."""
-    results = []
-    for number, item in enumerate(items, 1):
-        results.append(function(item))
-        log.info("  %s: %d of %d done", function.__name__.replace("_", " "), number, len(items))
-    return results
+    """`[function(item) for item in items]` in this process, some at a time: the kernel copies, Python waits."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        tasks = [pool.submit(function, item) for item in items]
+        try:
+            for number, task in enumerate(as_completed(tasks), 1):
+                task.result()
+                log.info("  %s: %d of %d done", function.__name__.replace("_", " "), number, len(items))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        return [task.result() for task in tasks]
 
 
 def rewrite_checkpoint(
