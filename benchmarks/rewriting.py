@@ -120,9 +120,8 @@ def main() -> None:
             print(f"| {name} | {np.median(values):.2f} | {written / 1e9 / np.median(values):.2f} |")
         for ours, theirs in (("copying alone", "cp"), ("rewrite", "cp and sync")):
             ratios = np.array(seconds[theirs]) / np.array(seconds[ours])
-            print(
-                f"\n{ours}: {np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f}) of the throughput of {theirs}"
-            )
+            spread = f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
+            print(f"\n{ours}: {spread} of the throughput of {theirs}")
         more = max(peaks) - interpreter
         print(f"\npeak memory over the interpreter's {interpreter / 1e6:.0f} MB: {more / 1e6:.0f} MB")
         print(f"the same command again: {again:.2f} s")
@@ -144,7 +143,7 @@ def beside_mergekit(mergekit: str, source: Path, small: Path, folder: Path, ours
     seconds = []
     for _ in range(3):
         shutil.rmtree(merged, ignore_errors=True)
-        seconds.append(timed([mergekit, str(plan), str(merged), "--lazy-unpickle"])[0])
+        seconds.append(timed(["sh", "-c", f"{mergekit} {plan} {merged} --lazy-unpickle && sync {merged}/*"])[0])
     same = digest_of_tensors(merged) == digest_of_tensors(small)
     theirs = float(np.median(seconds))
     print(f"\nmergekit passthrough: {theirs:.2f} s (3 rounds), {theirs / np.median(ours):.2f} times ours")
