@@ -171,7 +171,10 @@ class _Reader(pickle.Unpickler):
         header = window.read(30)  # the local header has a padding of its own
         begin = window.begin + info.header_offset + len(header)
         begin += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        return dtype, Piece(self.path, begin, begin + info.file_size)
+        end = begin + info.file_size
+        if header[:4] != b"PK\x03\x04" or end > window.begin + window.size:
+            raise UserError(f"{self.path} is damaged: the bytes of storage {key} are not where its table says")
+        return dtype, Piece(self.path, begin, end)
 
     def _tensor(self, storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Any:
         dtype, piece = storage

@@ -45,7 +45,10 @@ def zero_tensors(folder: Path) -> dict[str, StoredTensor]:
     if (folder / WHOLE).is_file():
         content = read_torch_file(folder / WHOLE)
         return _plain_names(named_tensors(folder / WHOLE, content.get("module") if isinstance(content, dict) else None))
-    return _plain_names(_of_partitions(folder))
+    try:
+        return _plain_names(_of_partitions(folder))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder} does not hold what DeepSpeed writes: {type(error).__name__}: {error}") from error
 
 
 def frozen_names(folder: Path) -> list[str]:
