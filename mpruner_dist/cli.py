@@ -107,7 +107,7 @@ def report(config: ConfigFile, run_dir: RunDir = None, override: Set = None) -> 
 
 @app.command()
 def rewrite(
-    source: Annotated[Path, typer.Argument(help="A Hugging Face folder; or a checkpoint of DeepSpeed or torch.")],
+    source: Annotated[str, typer.Argument(help="A Hugging Face folder or hub id; a checkpoint of DeepSpeed or torch.")],
     target: Annotated[Path, typer.Argument(help="A new folder.")],
     plan_file: PlanFile = None,
     keep: Keep = None,
@@ -124,6 +124,7 @@ def rewrite(
     Example: mpruner rewrite SmolLM2-135M SmolLM2-smaller --keep 0-11,20-29
     """
     from mpruner_dist.checkpoints.formats import open_checkpoint
+    from mpruner_dist.checkpoints.source import resolve_source
     from mpruner_dist.exchange import read_any_plan
     from mpruner_dist.plan import parse_keep
     from mpruner_dist.rewriting.finished import Request, is_finished
@@ -137,23 +138,24 @@ def rewrite(
     size = parse_size(max_shard_size) if max_shard_size else None
     given: dict[str, Any] = {"config_folder": config_folder, "preserve_pattern": preserve_pattern}
     given["trust_remote_code"] = trust_remote_code
-    request = Request(open_checkpoint(source, config_folder).fingerprint(), kept, size, drop_mtp)
+    folder = resolve_source(source, None)
+    request = Request(open_checkpoint(folder, config_folder).fingerprint(), kept, size, drop_mtp)
     if is_finished(request, target) and not export:  # before the seconds that torch takes to start
         typer.echo(f"{target}: done before")
     elif universal:
         from mpruner_dist.rewriting.universal import rewrite_universal
 
-        rewrite_universal(source, target, kept, **given)
+        rewrite_universal(folder, target, kept, **given)
         typer.echo(f"{target}: universal checkpoint of the kept layers; resume with checkpoint.load_universal")
     else:
         from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
 
-        rewrite_checkpoint(source, target, kept, max_shard_bytes=size, drop_next_token=drop_mtp, **given)
+        rewrite_checkpoint(folder, target, kept, max_shard_bytes=size, drop_next_token=drop_mtp, **given)
         typer.echo(f"{target}: proven to be {source} without the other layers")
     if export:
         from mpruner_dist.rewriting.export import export_plan
 
-        export_plan(source, kept, export, config_folder, trust_remote_code)
+        export_plan(folder, kept, export, config_folder, trust_remote_code)
         typer.echo(f"{export}: the plan for {'DeepSpeed' if export.suffix == '.json' else 'mergekit'}")
 
 

@@ -14,11 +14,15 @@ from families import make_family
 from safetensors.torch import load_file
 
 from mpruner_dist.checkpoints.formats import open_checkpoint
+from mpruner_dist.checkpoints.source import resolve_source
 from mpruner_dist.checkpoints.torch_files import read_torch_file
 from mpruner_dist.cluster.engine import gathered
 from mpruner_dist.errors import UserError
+from mpruner_dist.models.loading import empty_model
+from mpruner_dist.models.stacks import find_stacks
 from mpruner_dist.rewriting.proof import verify_checkpoint
 from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
+from mpruner_dist.rewriting.shrink import Skeleton, shrink
 from mpruner_dist.rewriting.universal import rewrite_universal
 
 KEPT = [0, 3, 6, 7]
@@ -284,3 +288,35 @@ def test_mixtures_from_files_of_torch_save(tmp_path: Path) -> None:
     save_bin(model, tmp_path / "model", 1)
     rewrite_checkpoint(tmp_path / "model", tmp_path / "small", KEPT)
     expect_same(weights_in(tmp_path / "small"), expected(model.state_dict()))
+
+
+def test_a_hub_id_fetches_the_older_form_only_if_need_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: list[list[str]] = []
+
+    def fetch(_: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert resolve_source("owner/name", None) == tmp_path
+    assert ["*.safetensors" in asked[0], "pytorch_model*.bin" in asked[0]] == [True, False]
+    assert "pytorch_model*.bin" in asked[1]
+    (tmp_path / "model.safetensors").touch()
+    resolve_source("owner/name", "main")
+    assert len(asked) == 3
+
+
+def test_a_model_far_larger_than_the_memory_is_laid_out(tmp_path: Path) -> None:
+    """One parameter of 275 GB: the skeletons take no memory."""
+    config = transformers.MixtralConfig(
+        hidden_size=8192, intermediate_size=32768, num_local_experts=128, num_hidden_layers=40, vocab_size=128
+    )
+    config.architectures = ["MixtralForCausalLM"]
+    model = empty_model(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 4e12
+    whole = Skeleton(json.loads(config.to_json_string()), config, model)
+    [stack] = find_stacks(model)
+    small = shrink(whole, {stack: list(range(0, 40, 3))})
+    assert small.stored["num_hidden_layers"] == 14

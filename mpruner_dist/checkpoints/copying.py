@@ -35,6 +35,7 @@ def copy_tensors(target: Path, tensors: list[tuple[str, StoredTensor]], metadata
                 stack.pop_all().close()
                 reader = stack.enter_context(piece.path.open("rb"))
             _copy(reader.fileno(), writer.fileno(), piece)
+        os.fsync(writer.fileno())  # now, while other files are still being copied
 
 
 def _joined(pieces: Iterable[Piece]) -> list[Piece]:

@@ -36,9 +36,11 @@ def open_checkpoint(path: Path, config_folder: Path | None = None) -> StoredChec
         return StoredCheckpoint(path, companions, config, _bin_files(path), {"format": "pt"})
     step = step_folder(path)
     if step is not None:
-        return StoredCheckpoint(path, companions, config, {"": zero_tensors(step)}, {"format": "pt"}, layout=False)
+        return StoredCheckpoint(path, companions, config, {"": zero_tensors(step)}, {"format": "pt"}, keep_split=False)
     if (path / METADATA).is_file():
-        return StoredCheckpoint(path, companions, config, {"": distcp_tensors(path)}, {"format": "pt"}, layout=False)
+        return StoredCheckpoint(
+            path, companions, config, {"": distcp_tensors(path)}, {"format": "pt"}, keep_split=False
+        )
     raise UserError(
         f"{path} holds no weights that can be read: neither {SINGLE_NAME}, {INDEX_NAME}, {BIN_SINGLE} or {BIN_INDEX}, "
         f"nor the files of DeepSpeed (latest, *_model_states.pt) or of torch.distributed.checkpoint ({METADATA})"

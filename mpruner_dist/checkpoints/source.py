@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mpruner_dist.errors import UserError
 
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+COMPANIONS = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
 def resolve_source(path: str, revision: str | None) -> Path:
@@ -17,12 +17,16 @@ def resolve_source(path: str, revision: str | None) -> Path:
     if folder.exists():
         return folder.absolute()
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise UserError(f"model.path {path!r}: there is no such folder, and it is no hub id such as owner/name")
+        raise UserError(f"model {path!r}: there is no such folder, and it is no hub id such as owner/name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=HUB_FILES))
+        fetched = Path(snapshot_download(path, revision=revision, allow_patterns=[*COMPANIONS, "*.safetensors"]))
+        if not any(fetched.glob("*.safetensors")):  # many repositories have both: the older form only if need be
+            older = [*COMPANIONS, "pytorch_model*.bin"]
+            fetched = Path(snapshot_download(path, revision=revision, allow_patterns=older))
+        return fetched
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"model.path {path!r} is no folder here, and the hub does not give it: {reason}") from error
+        raise UserError(f"model {path!r} is no folder here, and the hub does not give it: {reason}") from error

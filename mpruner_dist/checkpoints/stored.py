@@ -43,7 +43,7 @@ class StoredCheckpoint:
     """Tensors by name, as they lie together; each in the order of its bytes."""
     metadata: dict[str, str]
     """For the headers of new files."""
-    layout: bool = True
+    keep_split: bool = True
     """Whether the new files shall hold what these hold together; else they are filled up to a size."""
 
     @property

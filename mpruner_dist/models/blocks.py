@@ -1,4 +1,4 @@
-"""Where the blocks of a decoder live: by rule, from the model itself."""
+"""What goes into and comes out of the blocks of a model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,24 +22,6 @@ def num_layers(config: Any) -> int:
             "(causal language models) are supported"
         )
     return number
-
-
-def find_blocks(model: torch.nn.Module, number: int) -> tuple[str, torch.nn.ModuleList]:
-    """The one list of `number` blocks of a model, and its name, such as `model.layers`.
-
-    Raises:
-        UserError: none, or more than one.
-    """
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == number
-    ]
-    outermost = [(name, module) for name, module in found if not any(name.startswith(f"{o}.") for o, _ in found)]
-    if len(outermost) != 1:
-        names = ", ".join(name for name, _ in outermost) or "none"
-        raise UserError(f"{type(model).__name__} should have one list of {number} blocks, it has: {names}")
-    return outermost[0]
 
 
 def hidden_states_of(output: Any) -> torch.Tensor:

@@ -7,8 +7,12 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
+from torch.overrides import TorchFunctionMode
 
 from mpruner_dist.errors import UserError
+
+LARGE = 1 << 24
+"""Elements from which on a new tensor can only be a parameter."""
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -34,16 +38,31 @@ def model_class(config: Any) -> Any:
 
 
 def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
-    """The model of a configuration without weights: parameters on the meta device, buffers as they are computed."""
+    """The model of a configuration without weights: parameters on the meta device, buffers as they are computed.
+
+    Nothing large is allocated, not even for a moment: one parameter of a mixture of experts may exceed the memory.
+    """
     kind = model_class(config)
     config = copy.deepcopy(config)  # models write into it
-    with init_empty_weights(include_buffers=False):
+    with _LargeOnMeta(), init_empty_weights(include_buffers=False):
         if hasattr(kind, "from_config"):
             model = kind.from_config(config, trust_remote_code=trust_remote_code)
         else:
             model = kind._from_config(config)
     model.tie_weights()  # inside, every name was given a parameter of its own
     return model.eval()
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Makes large new tensors on the meta device; whatever is computed, such as buffers, is small."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn):
+            on_meta = function(*args, **(kwargs | {"device": "meta"}))
+            if on_meta.numel() > LARGE:
+                return on_meta
+        return function(*args, **kwargs)
 
 
 def load_model(

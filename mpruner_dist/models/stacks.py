@@ -79,7 +79,9 @@ def choose_stacks(stacks: list[Stack], config: Any, keep: list[int] | dict[str, 
     known = ", ".join(f"{stack.name} ({stack.depth})" for stack in stacks)
     if not isinstance(keep, dict):
         language = [s for s in stacks if s.config_path and s.config_path == _path_to(config, config.get_text_config())]
-        main = stacks if len(stacks) == 1 else language
+        depth = DepthField(config.attribute_map.get("num_hidden_layers", "num_hidden_layers"))
+        plain = [s for s in stacks if not s.config_path and not config.is_encoder_decoder and depth in s.fields]
+        main = next((found for found in (stacks, language, plain) if len(found) == 1), [])
         if len(main) != 1:
             raise UserError(
                 f"a model of type {config.model_type!r} has several stacks: {known}; say which, such as "
@@ -97,6 +99,16 @@ def choose_stacks(stacks: list[Stack], config: Any, keep: list[int] | dict[str, 
             raise UserError(f"{fits[0].name} is given twice")
         chosen[fits[0]] = layers
     return chosen
+
+
+def only_blocks(model: Any) -> Any:
+    """The blocks of a model's only stack, or of the language model inside.
+
+    Raises:
+        UserError: several stacks.
+    """
+    [stack] = choose_stacks(find_stacks(model), model.config, [])
+    return model.get_submodule(stack.name)
 
 
 def config_at(config: Any, path: tuple[str, ...]) -> Any:

@@ -88,7 +88,7 @@ def plan_copies(
         max_shard_bytes: fill files up to so many bytes; None leaves together what lies together.
     """
     files: list[list[tuple[str, StoredTensor]]] = []
-    limit = max_shard_bytes or (None if checkpoint.layout else DEFAULT_SHARD_BYTES)
+    limit = max_shard_bytes or (None if checkpoint.keep_split else DEFAULT_SHARD_BYTES)
     for tensors in checkpoint.files.values():
         kept = [(renamed[name], tensor) for name, tensor in tensors.items() if name in renamed]
         if limit is None:

@@ -11,7 +11,7 @@ from mpruner_dist.checkpoints.folder import INDEX_NAME, SINGLE_NAME, CheckpointF
 from mpruner_dist.errors import StageFailure, UserError
 from mpruner_dist.models.blocks import num_layers, skipped
 from mpruner_dist.models.loading import key_problems, load_model, read_config
-from mpruner_dist.models.stacks import choose_stacks, find_stacks
+from mpruner_dist.models.stacks import only_blocks
 from mpruner_dist.rewriting.finished import LAYER_MAP
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
@@ -75,7 +75,8 @@ def compare_logits(folder: Path, original: Path, trust_remote_code: bool = False
         kept = json.loads((folder / LAYER_MAP).read_text())["new_to_old"]
     except (OSError, ValueError, KeyError) as reason:
         raise UserError(f"{folder}/{LAYER_MAP} does not say which layers were kept: {reason}") from reason
-    dropped = [layer for layer in range(num_layers(read_config(original, trust_remote_code))) if layer not in kept]
+    depth = num_layers(read_config(original, trust_remote_code))
+    dropped = [layer for layer in range(depth) if layer not in kept]
     expected = _logits(original, dropped, trust_remote_code)
     found = _logits(folder, [], trust_remote_code)
     error = (expected.double() - found.double()).abs().max().item() / expected.abs().max().item()
@@ -92,7 +93,6 @@ def _logits(folder: Path, skip: list[int], trust_remote_code: bool) -> torch.Ten
     model: Any = load_model(folder, "auto", trust_remote_code=trust_remote_code)
     text = model.config.get_text_config()
     ids = torch.randint(text.vocab_size, (2, PROOF_TOKENS), generator=torch.Generator().manual_seed(0))
-    [stack] = choose_stacks(find_stacks(model), model.config, [])
-    with torch.no_grad(), skipped(model.get_submodule(stack.name), skip):
+    with torch.no_grad(), skipped(only_blocks(model), skip):
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return logits

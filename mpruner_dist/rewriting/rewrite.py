@@ -44,7 +44,6 @@ class Rewrite:
 
     stored: dict[str, Any]
     kept: Kept
-    stacks: list[StackNames]
     renamed: dict[str, str]
     strange: set[str]
     """Tensors, as the model names them, that the original's model did not ask for either."""
@@ -159,7 +158,7 @@ def prepare(checkpoint: StoredCheckpoint, kept: Keep, options: Options) -> Rewri
     asked, state = model_names(whole.model, renamed), whole.model.state_dict().keys()
     unasked = [renamed[name] for name, (key, _) in asked.items() if key not in state]
     strange = {key for key, _ in model_names(small.model, unasked).values()}
-    return Rewrite(stored, plans, stacks, _untied(renamed, checkpoint, whole.model), strange)
+    return Rewrite(stored, plans, _untied(renamed, checkpoint, whole.model), strange)
 
 
 def _require_pattern(config: Any, plans: Kept) -> None:

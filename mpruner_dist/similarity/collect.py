@@ -14,9 +14,10 @@ from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import CollectConfig, Config
 from mpruner_dist.data.blocks import Blocks, batch_rows, load_blocks, share_of_batches
 from mpruner_dist.errors import StageFailure, UserError
-from mpruner_dist.models.blocks import activations_per_token, find_blocks, num_layers
+from mpruner_dist.models.blocks import activations_per_token
 from mpruner_dist.models.engines import forward_settings, inference_engine
 from mpruner_dist.models.scoring import model_inputs
+from mpruner_dist.models.stacks import only_blocks
 from mpruner_dist.similarity.samples import draw_samples
 from mpruner_dist.similarity.sums import BatchSums, Terms
 from mpruner_dist.similarity.tap import BatchStatistics, LayerTap
@@ -65,7 +66,7 @@ class Collection:
         settings = forward_settings(worker, spec["deepspeed"], config, Path(spec["model"]))
         self.blocks: Blocks = load_blocks(spec["blocks"])
         self.engine = inference_engine(settings, Path(spec["model"]), config.model, worker.log, head=False)
-        _, stack = find_blocks(self.engine.module, num_layers(self.engine.module.config))
+        stack = only_blocks(self.engine.module)
         self.tap = LayerTap(stack)
         self.at_once = self._batches_at_once(stack[0], zero_stage(settings))
         worker.begin_progress("collect", "batches", config.collect.num_batches, len(saved))
