@@ -217,3 +217,23 @@ def test_names_in_quantisation_settings_follow_their_layers(tmp_path: Path) -> N
     assert renumber_names(settings, "model.layers", [0, 3]) == {
         "modules_to_not_convert": ["lm_head", "model.layers.1.mlp.gate"], "bits": 4
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_types": ["full_attention"] * 7}, r"cannot read .*config\.json: .*layer_types"),
+        ({"num_attention_heads": 0}, r"config\.json of type 'qwen2' makes no Qwen2ForCausalLM"),
+        ({"num_hidden_layers": "eight"}, r"config\.json"),
+        ({"model_type": "no such"}, r"cannot read .*config\.json"),
+        (
+            {"num_hidden_layers": 9, "layer_types": None},
+            r"asks for 9 layers, the tensors model\.layers\.N\.\* lack layers \[8\]",
+        ),
+    ],
+)
+def test_a_configuration_that_makes_no_sense(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    make_family("qwen2", tmp_path / "model")
+    edit_config(tmp_path / "model", **changes)
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        rewrite_checkpoint(tmp_path / "model", tmp_path / "small", [0, 1, 7])

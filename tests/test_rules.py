@@ -34,7 +34,7 @@ OWNERS = {
     "safetensors": {"checkpoints", "data", "similarity"},
     "datasets": {"data"},
     "transformers": {"models", "data"},
-    "huggingface_hub": {"checkpoints"},
+    "huggingface_hub": {"checkpoints", "models"},
     "pydantic": {"config", "config_file", "plan"},
     "yaml": {"config", "config_file", "exchange"},
     "typer": {"cli"},

@@ -7,9 +7,15 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch.overrides import TorchFunctionMode
 
 from mpruner_dist.errors import UserError
+
+CONFIG_ERRORS = (
+    OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError, StrictDataclassError,
+)  # fmt: skip
+"""What the classes of transformers raise over a configuration that makes no sense."""
 
 LARGE = 1 << 24
 """Elements from which on a new tensor can only be a parameter."""
@@ -23,7 +29,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except CONFIG_ERRORS as error:
         raise UserError(f"transformers {transformers.__version__} cannot read {folder}/config.json: {error}") from error
 
 
@@ -41,14 +47,20 @@ def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
     """The model of a configuration without weights: parameters on the meta device, buffers as they are computed.
 
     Nothing large is allocated, not even for a moment: one parameter of a mixture of experts may exceed the memory.
+
+    Raises:
+        UserError: the configuration makes no model.
     """
     kind = model_class(config)
     config = copy.deepcopy(config)  # models write into it
-    with _LargeOnMeta(), init_empty_weights(include_buffers=False):
-        if hasattr(kind, "from_config"):
-            model = kind.from_config(config, trust_remote_code=trust_remote_code)
-        else:
-            model = kind._from_config(config)
+    try:
+        with _LargeOnMeta(), init_empty_weights(include_buffers=False):
+            if hasattr(kind, "from_config"):
+                model = kind.from_config(config, trust_remote_code=trust_remote_code)
+            else:
+                model = kind._from_config(config)
+    except CONFIG_ERRORS as error:
+        raise UserError(f"config.json of type {config.model_type!r} makes no {kind.__name__}: {error}") from error
     model.tie_weights()  # inside, every name was given a parameter of its own
     return model.eval()
 

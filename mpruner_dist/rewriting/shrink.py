@@ -7,7 +7,7 @@ from typing import Any
 
 from mpruner_dist.errors import UserError
 from mpruner_dist.models.config_fields import shrink_fields
-from mpruner_dist.models.loading import empty_model
+from mpruner_dist.models.loading import CONFIG_ERRORS, empty_model
 from mpruner_dist.models.signature import Signature, differences, signature
 from mpruner_dist.models.stacks import DepthField, Stack, config_at, find_stacks
 from mpruner_dist.plan import format_layers, nearest_matching
@@ -61,13 +61,7 @@ def _shrink_stack(
         try:
             stored, config = _shrink_config(before, stack, field, layers)
             model = empty_model(config, trust_remote_code)
-        except (
-            ValueError,
-            TypeError,
-            KeyError,
-            IndexError,
-            AttributeError,
-        ) as error:  # what classes of transformers raise
+        except (UserError, *CONFIG_ERRORS) as error:
             reasons.append(f"{field.name}: {' '.join(str(error).split())}")
             continue
         found = {name: len(model.get_submodule(name)) for name in wanted}
