@@ -139,7 +139,7 @@ def rewrite(
     given: dict[str, Any] = {"config_folder": config_folder, "preserve_pattern": preserve_pattern}
     given["trust_remote_code"] = trust_remote_code
     folder = resolve_source(source, None)
-    request = Request(open_checkpoint(folder, config_folder).fingerprint(), kept, size, drop_mtp)
+    request = Request(open_checkpoint(folder, config_folder).fingerprint(), kept, size, drop_mtp, preserve_pattern)
     if is_finished(request, target) and not export:  # before the seconds that torch takes to start
         typer.echo(f"{target}: done before")
     elif universal:

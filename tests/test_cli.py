@@ -187,6 +187,27 @@ def test_rewrite_and_verify_alone(command: Cli, tmp_path: Path, tiny: Path) -> N
     assert "layer 8" in output
 
 
+def test_rewrite_with_the_plans_of_other_tools(command: Cli, tmp_path: Path, tiny: Path) -> None:
+    for name, told in (("plan.yaml", "mergekit"), ("plan.json", "DeepSpeed")):
+        code, output = command(
+            "rewrite", tiny / "model", tmp_path / "small", "--keep", "0-2,7", "--export", tmp_path / name
+        )
+        assert (code, f"the plan for {told}" in output) == (0, True), output
+        code, output = command("rewrite", tiny / "model", tmp_path / f"by {name}", "--plan", tmp_path / name)
+        assert code == 0, output
+        assert json.loads((tmp_path / f"by {name}" / "layer_map.json").read_text())["new_to_old"] == [0, 1, 2, 7]
+    code, output = command("verify", tmp_path / "small", "--against", tiny / "model")
+    assert code == 0, output
+    assert "llama.cpp: no pattern by layer number is known of llama" in output
+    assert re.search(r"logits differ by \d", output)
+    code, output = command("rewrite", tiny / "model", tmp_path / "u", "--keep", "0", "--universal")
+    assert (code, "is no DeepSpeed checkpoint" in output) == (2, True), output
+    code, output = command("rewrite", tiny / "model", tmp_path / "u", "--keep", "0", "--universal", "--drop-mtp")
+    assert (code, "--universal writes no shards" in output) == (2, True), output
+    code, output = command("rewrite", "owner/name/more", tmp_path / "u", "--keep", "0")
+    assert (code, "there is no such folder" in output) == (2, True), output
+
+
 def test_status_of_what_is_no_run(command: Cli, tmp_path: Path) -> None:
     code, output = command("status", tmp_path)
     assert code == 2

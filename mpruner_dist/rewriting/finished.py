@@ -20,14 +20,15 @@ class Request:
     source: str
     """Fingerprint of the source."""
     kept: Keep
-    max_shard_bytes: int | None
-    drop_next_token: bool
+    max_shard_bytes: int | None = None
+    drop_next_token: bool = False
+    preserve_pattern: bool = False
 
     @property
     def digest(self) -> str:
         """Equal for requests with equal results."""
         kept = self.kept.kept if isinstance(self.kept, Plan) else self.kept
-        return digest.digest([self.source, kept, self.max_shard_bytes, self.drop_next_token])
+        return digest.digest([self.source, kept, self.max_shard_bytes, self.drop_next_token, self.preserve_pattern])
 
 
 def is_finished(request: Request, target: Path) -> bool:

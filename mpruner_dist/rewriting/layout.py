@@ -52,7 +52,8 @@ class ShardCopy:
 
 def new_names(names: list[str], stacks: list[StackNames]) -> dict[str, str]:
     """Old name -> new name of every tensor that stays, in the given order."""
-    renamed = {name: _new_name(name, set(names), stacks) for name in names}
+    known = set(names)
+    renamed = {name: _new_name(name, known, stacks) for name in names}
     return {old: new for old, new in renamed.items() if new is not None}
 
 
@@ -88,6 +89,7 @@ def plan_copies(
         max_shard_bytes: fill files up to so many bytes; None leaves together what lies together.
     """
     files: list[list[tuple[str, StoredTensor]]] = []
+    filled = 0
     limit = max_shard_bytes or (None if checkpoint.keep_split else DEFAULT_SHARD_BYTES)
     for tensors in checkpoint.files.values():
         kept = [(renamed[name], tensor) for name, tensor in tensors.items() if name in renamed]
@@ -95,9 +97,11 @@ def plan_copies(
             files.append(kept)
             continue
         for name, tensor in kept:
-            if not files or sum(t.num_bytes for _, t in files[-1]) + tensor.num_bytes > limit:
+            if not files or filled + tensor.num_bytes > limit:
                 files.append([])
+                filled = 0
             files[-1].append((name, tensor))
+            filled += tensor.num_bytes
     files = [tensors for tensors in files if tensors]
     return [
         ShardCopy(folder / shard_name(number, len(files)), tensors, checkpoint.metadata)

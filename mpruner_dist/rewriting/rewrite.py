@@ -106,7 +106,7 @@ def rewrite_checkpoint(
     """
     checkpoint = open_checkpoint(source, config_folder)
     require_target(checkpoint, target)
-    request = Request(checkpoint.fingerprint(), kept, max_shard_bytes, drop_next_token)
+    request = Request(checkpoint.fingerprint(), kept, max_shard_bytes, drop_next_token, preserve_pattern)
     if is_finished(request, target):
         return
     options = Options(drop_next_token, preserve_pattern, trust_remote_code)
