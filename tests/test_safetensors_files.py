@@ -123,6 +123,11 @@ def entry(begin: Any, end: Any, dtype: Any = "F32", shape: Any = (2,)) -> dict[s
         (b"{not json", 8, "its header is not JSON"),
         (b"\xff\xfe\xfd", 8, "its header is not JSON"),
         (b"[" * 20_000, 8, "its header is"),
+        (
+            b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+            8,
+            "'a' comes twice",
+        ),
         ({"__metadata__": ["a"], "a": entry(0, 8)}, 8, "its header|metadata"),
     ],
 )
@@ -209,6 +214,12 @@ def outside(folder: Path) -> None:
     change_index(lambda names: names.update({"embed": "../x.safetensors"}))(folder)
 
 
+def twice(folder: Path) -> None:
+    text = (folder / INDEX_NAME).read_text()
+    entry = f'"embed": "{shard_name(1, 2)}"'
+    (folder / INDEX_NAME).write_text(text.replace('"weight_map": {', f'"weight_map": {{{entry}, {entry}, '))
+
+
 def cut_by_one(folder: Path) -> None:
     path = folder / shard_name(2, 2)
     os.truncate(path, path.stat().st_size - 1)
@@ -233,6 +244,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "number": (change_index(lambda n: n.update(embed=3)), r"index\.json"),
     "only in the index": (change_index(lambda n: n.update(more=shard_name(1, 2))), r"only in the index: \[\('more'"),
     "only in a shard": (change_index(lambda n: n.pop("scale")), r"only in the shards: \[\('scale'"),
+    "a tensor twice": (twice, r"cannot read .*index\.json: 'embed' comes twice"),
     "in another shard": (change_index(lambda n: n.update(embed=shard_name(2, 2))), r"index\.json and its shards disag"),
 }  # fmt: skip
 

@@ -1,11 +1,12 @@
 """A Hugging Face checkpoint folder: its configuration, its shards and what lies in them."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpruner_dist.checkpoints.header import Header, TensorInfo, read_header
+from mpruner_dist.checkpoints.header import Header, TensorInfo, read_header, unique_keys
 from mpruner_dist.errors import UserError
 from mpruner_dist.runs.digest import digest, spot_digest
 
@@ -74,7 +75,7 @@ def shard_names(index_path: Path) -> tuple[dict[str, str], list[str]]:
     Raises:
         UserError: no index, a file that is missing, or one outside the folder.
     """
-    weight_map = read_json(index_path).get("weight_map")
+    weight_map = read_json(index_path, unique_keys).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index_path} has no weight_map")
     names = sorted(set(map(str, weight_map.values())))
@@ -96,14 +97,14 @@ def _check_index(index_path: Path, weight_map: dict[str, str], shards: dict[str,
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+def read_json(path: Path, make_object: Callable[[list[tuple[str, Any]]], dict[str, Any]] = dict) -> dict[str, Any]:
+    """A JSON object; `make_object` may refuse pairs of keys and values with a ValueError.
 
     Raises:
         UserError: unreadable, or something else.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(), object_pairs_hook=make_object)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):

@@ -64,7 +64,7 @@ def read_header(path: Path) -> Header:
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise UserError(f"{path} is truncated or no safetensors file: its header claims {length} bytes, "
                                 f"the file has {size}; fetch it again")  # fmt: skip
-            content = json.loads(file.read(length))
+            content = json.loads(file.read(length), object_pairs_hook=unique_keys)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -85,6 +85,15 @@ def read_header(path: Path) -> Header:
     if position != size:
         raise UserError(f"{path} is truncated: its tensors end at byte {position}, the file has {size}; fetch it again")
     return Header({tensor.name: tensor for tensor in tensors}, metadata)
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads: a JSON object, in which no key may come twice; the reader of another tool might take the other."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} comes twice")
+    return content
 
 
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
