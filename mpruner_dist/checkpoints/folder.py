@@ -78,10 +78,11 @@ def shard_names(index_path: Path) -> tuple[dict[str, str], list[str]]:
     weight_map = read_json(index_path, unique_keys).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index_path} has no weight_map")
-    names = sorted(set(map(str, weight_map.values())))
-    for name in names:
-        if Path(name).name != name:
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name:
             raise UserError(f"{index_path} names {name!r}, which is not a file of its own folder")
+    names = sorted(set(weight_map.values()))
+    for name in names:
         if not (index_path.parent / name).is_file():
             raise UserError(f"{index_path.parent} lacks the shard {name} that its index names; fetch it again")
     return weight_map, names

@@ -88,7 +88,7 @@ def read_header(path: Path) -> Header:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json.loads: a JSON object, in which no key may come twice; the reader of another tool might take the other."""
+    """For json.loads: an object in which no key may come twice, for another tool might take the other value."""
     content = dict(pairs)
     if len(content) != len(pairs):
         keys = [key for key, _ in pairs]
