@@ -125,7 +125,7 @@ def rewrite(
     """
     from mpruner_dist.checkpoints.formats import open_checkpoint
     from mpruner_dist.checkpoints.source import resolve_source
-    from mpruner_dist.exchange import read_any_plan
+    from mpruner_dist.exchange import foreign_form, read_any_plan
     from mpruner_dist.plan import parse_keep
     from mpruner_dist.rewriting.finished import Request, is_finished
     from mpruner_dist.rewriting.layout import parse_size
@@ -134,6 +134,8 @@ def rewrite(
         raise UserError("give --plan plan.json or --keep 0-11,20-31, and just one of them")
     if universal and (max_shard_size or drop_mtp):
         raise UserError("--universal writes no shards: leave out --max-shard-size and --drop-mtp")
+    if export:
+        foreign_form(export)  # before the work
     kept = read_any_plan(plan_file) if plan_file else parse_keep(keep or [])
     size = parse_size(max_shard_size) if max_shard_size else None
     given: dict[str, Any] = {"config_folder": config_folder, "preserve_pattern": preserve_pattern}
@@ -156,7 +158,7 @@ def rewrite(
         from mpruner_dist.rewriting.export import export_plan
 
         export_plan(folder, kept, export, config_folder, trust_remote_code)
-        typer.echo(f"{export}: the plan for {'DeepSpeed' if export.suffix == '.json' else 'mergekit'}")
+        typer.echo(f"{export}: the plan for {foreign_form(export)}")
 
 
 @app.command()

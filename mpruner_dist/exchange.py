@@ -1,6 +1,5 @@
 """Plans in the form of other tools: DeepSpeed's `layer_reduction` and mergekit's passthrough."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -60,26 +59,22 @@ def _ascending(path: Path, kept: list[int]) -> list[int]:
     return kept
 
 
-def write_foreign_plan(path: Path, kept: list[int], model: Path, dtype: str, names: list[str], prefix: str) -> None:
-    """Write a plan for another tool: mergekit for .yaml or .yml, DeepSpeed for .json.
-
-    Args:
-        path: file to write.
-        kept: layers.
-        model: the checkpoint.
-        dtype: of its weights, as config.json names it.
-        names: of all its tensors.
-        prefix: what the names of the blocks begin with.
+def foreign_form(path: Path) -> str:
+    """Which tool a file of this name is for: mergekit or DeepSpeed.
 
     Raises:
-        UserError: another ending.
+        UserError: neither.
     """
-    if path.suffix in (".yaml", ".yml"):
-        path.write_text(yaml.safe_dump(mergekit_plan(kept, str(model), dtype), sort_keys=False))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(layer_reduction(kept, names, prefix), indent=1) + "\n")
-    else:
+    forms = {".yaml": "mergekit", ".yml": "mergekit", ".json": "DeepSpeed"}
+    if path.suffix not in forms:
         raise UserError(f"--export {path}: end it in .yaml for mergekit or in .json for DeepSpeed")
+    return forms[path.suffix]
+
+
+def yaml_text(content: dict[str, Any]) -> str:
+    """YAML, keys in their order."""
+    text: str = yaml.safe_dump(content, sort_keys=False)
+    return text
 
 
 def mergekit_plan(kept: list[int], model: str, dtype: str) -> dict[str, Any]:
