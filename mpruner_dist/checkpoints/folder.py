@@ -60,7 +60,8 @@ def read_checkpoint(path: Path) -> CheckpointFolder:
     if not index_path.is_file():
         if not (path / SINGLE_NAME).is_file():
             raise UserError(
-                f"{path} holds neither {INDEX_NAME} nor {SINGLE_NAME}: convert the model to safetensors first"
+                f"{path} holds neither {INDEX_NAME} nor {SINGLE_NAME}: make a folder of safetensors of it "
+                "first, by mpruner rewrite with all layers kept"
             )
         return CheckpointFolder(path, config, {SINGLE_NAME: read_header(path / SINGLE_NAME)})
     weight_map, names = shard_names(index_path)

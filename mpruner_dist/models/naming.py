@@ -59,7 +59,8 @@ def stack_prefix(model: Any, stack: Stack, names: Iterable[str]) -> str:
         prefixes = candidates if prefixes is None else prefixes & candidates
     if not prefixes:
         raise UserError(
-            f"no tensor of the checkpoint is named as {type(model).__name__} names its blocks, {stack.name}.N.*"
+            f"no tensor of the checkpoint is named as {type(model).__name__} names its blocks, {stack.name}.N.*: "
+            "where it was trained under other names, export it in Hugging Face's first"
         )
     prefix = min(prefixes, key=len)
     layers = {layer for name in names if (layer := layer_of(name, prefix)) is not None}
