@@ -63,6 +63,11 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3ForCausalLM", LLAMA),
     "cohere2": ("Cohere2ForCausalLM", LLAMA | {"sliding_window": 4}),
     "granite": ("GraniteForCausalLM", LLAMA),
+    "gpt_neo": (
+        "GPTNeoForCausalLM",
+        {"hidden_size": 32, "num_layers": 8, "num_heads": 4, "attention_types": [[["global", "local"], 4]],
+         "window_size": 4, "vocab_size": 128, "max_position_embeddings": 128, "intermediate_size": 64},
+    ),
 }  # fmt: skip
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": (
@@ -92,6 +97,9 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "jamba": (
         "JambaForCausalLM", LLAMA | {"num_hidden_layers": 16, "num_experts": 2, "mamba_d_state": 4, "mamba_dt_rank": 4}
+    ),
+    "minimax": (
+        "MiniMaxForCausalLM", LLAMA | {"head_dim": 8, "num_local_experts": 2, "layer_types": ["linear_attention"] * 8}
     ),
     "gemma3n_text": (
         "Gemma3nForCausalLM",

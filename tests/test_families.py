@@ -97,6 +97,7 @@ def test_other_models(kind: str, kept: dict[str, list[int]], tmp_path: Path) -> 
             {"": [0, 1, 2, 3, 4, 5]},
             r"embed_tokens_per_layer\.weight would be \[128, 48\], is \[128, 80\]",
         ),
+        ("minimax", {"": [0, 2, 3]}, r"self_attn\.\w+ would be .*, was "),  # decays by the number of the layer
         ("resnet", {"stages.2.layers": [1, 3]}, r"shortcut\.class would be .*The nearest that can be kept: 0,3"),
         ("swin", {"layers.2.blocks": [0, 2, 3]}, r"shift_size would be 2, was 0.*The nearest that can be kept: 0,3-4"),
         ("t5", {"encoder": [0, 1, 2]}, r"would cache 3 layers in generation where decoder\.block has 4"),

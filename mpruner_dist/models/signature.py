@@ -4,13 +4,12 @@ A renumbered block may become another: with a window, without positions, with ex
 that a block was made with lies in its modules: their classes, plain attributes, shapes and buffers.
 """
 
+import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-
-from mpruner_dist.runs.digest import digest
 
 TRAINING_ONLY = re.compile(r"training$|dropout|drop_prob|drop_path|gradient_checkpointing|layerdrop")
 INDEX = re.compile(r"(layer|block)_?(idx|id|index|number)$")
@@ -21,11 +20,19 @@ FIRST_ONLY = re.compile(r"relative_attention_bias")
 Signature = dict[str, Any]
 
 
-def signature(block: torch.nn.Module, renumbered: Callable[[int], int | None] = lambda layer: layer) -> Signature:
+def signatures(
+    blocks: Sequence[torch.nn.Module], renumbered: Callable[[int], int | None] = lambda layer: layer
+) -> list[Signature]:
+    """The signature of every block of a stack; see `signature`."""
+    return [signature(block, len(blocks), renumbered) for block in blocks]
+
+
+def signature(block: torch.nn.Module, depth: int, renumbered: Callable[[int], int | None]) -> Signature:
     """Everything that tells one block from another, by name.
 
     Args:
         block: its parameters may lie on the meta device.
+        depth: of its stack: a list as long is one of the kinds of all layers, which some families keep in each.
         renumbered: what a layer is called afterwards; None if it is gone.
     """
     facts: Signature = {}
@@ -36,6 +43,8 @@ def signature(block: torch.nn.Module, renumbered: Callable[[int], int | None] = 
         facts[f"{where}class"] = type(module).__name__
         for name, value in vars(module).items():
             if name.startswith("_") or TRAINING_ONLY.search(name) or FIRST_ONLY.search(name) or not _is_plain(value):
+                continue
+            if isinstance(value, list | tuple) and len(value) == depth and "layer" in name:
                 continue
             is_index = INDEX.search(name) and type(value) is int
             facts[f"{where}{name}"] = renumbered(value) if is_index else value
@@ -49,10 +58,15 @@ def signature(block: torch.nn.Module, renumbered: Callable[[int], int | None] = 
 def differences(found: Signature, asked: Signature) -> list[str]:
     """In words; empty for equal signatures."""
     return [
-        f"{name} would be {found.get(name, 'absent')}, was {asked.get(name, 'absent')}"
+        f"{name} would be {_short(found.get(name, 'absent'))}, was {_short(asked.get(name, 'absent'))}"
         for name in sorted(found.keys() | asked.keys(), key=lambda name: (name.count("."), name))
         if found.get(name) != asked.get(name)
     ]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) < 80 else f"{text[:76]} ..."
 
 
 def _is_plain(value: Any) -> bool:
@@ -63,4 +77,7 @@ def _is_plain(value: Any) -> bool:
 
 def _buffer(buffer: torch.Tensor) -> str:
     shape = f"{buffer.dtype} {list(buffer.shape)}"
-    return shape if buffer.is_meta else f"{shape} {digest(buffer.double().flatten().tolist())[:8]}"
+    if buffer.is_meta:
+        return shape
+    values = buffer.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return f"{shape} {hashlib.sha256(values).hexdigest()[:16]}"

@@ -8,7 +8,7 @@ from typing import Any
 from mpruner_dist.errors import UserError
 from mpruner_dist.models.config_fields import shrink_fields
 from mpruner_dist.models.loading import CONFIG_ERRORS, empty_model
-from mpruner_dist.models.signature import Signature, differences, signature
+from mpruner_dist.models.signature import Signature, differences, signatures
 from mpruner_dist.models.stacks import DepthField, Stack, config_at, find_stacks
 from mpruner_dist.plan import format_layers, nearest_matching
 from mpruner_dist.runs.digest import digest
@@ -141,7 +141,7 @@ def _inside(name: str, stacks: list[Stack]) -> bool:
 
 
 def _signatures(model: Any, stack: Stack, renumbered: Callable[[int], int | None]) -> list[Signature]:
-    return [signature(block, renumbered) for block in model.get_submodule(stack.name)]
+    return signatures(model.get_submodule(stack.name), renumbered)
 
 
 def _nearest(whole: Skeleton, kept: Kept, trust_remote_code: bool) -> str:
