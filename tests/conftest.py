@@ -87,7 +87,10 @@ def _one_rank(rank: int, count: int, port: int, job: Callable[..., None], argume
     torch.distributed.init_process_group("gloo")
     start_deepspeed(torch.device("cpu"))
     job(*arguments)
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # threads of torch and DeepSpeed that still run may abort a process whose interpreter ends
 
 
 @pytest.fixture(scope="session")
