@@ -108,10 +108,13 @@ def test_the_planner_keeps_a_pattern() -> None:
     depth, period = 12, 3
     cka = [[0.9 if abs(a - b) == 1 else 1.0 if a == b else 0.5 for b in range(depth)] for a in range(depth)]
     kinds = [layer % period == period - 1 for layer in range(depth)]
-    plan = make_plan(cka, PlanConfig(method="partition", keep_layers=7), pattern=(kinds, kinds))
+    config = PlanConfig(method="partition", keep_layers=7, protect_last=0)
+    plan = make_plan(cka, config, pattern=(kinds, kinds))
     assert len(plan.kept) == 7
     assert [kinds[layer] for layer in plan.kept] == kinds[:7]
     assert plan.reasons.keys() == {str(layer) for layer in plan.dropped}
+    with pytest.raises(UserError, match=r"leave out layers \[11\], which plan\.protect_first and"):
+        make_plan(cka, PlanConfig(method="partition", keep_layers=7), pattern=(kinds, kinds))
     never = [False] * depth
     with pytest.raises(UserError, match=r"plan\.preserve_pattern: no 7 layers keep"):
         make_plan(cka, PlanConfig(method="partition", keep_layers=7), pattern=(never, kinds))

@@ -60,18 +60,24 @@ def make_plan(
         dropped = removed_by_stride(clusters, 1, set())
     kept = [layer for layer in range(depth) if layer not in dropped]
     if pattern is not None:
-        kept = _nearest(kept, pattern)
+        kept = _nearest(kept, pattern, protected)
         dropped = [layer for layer in range(depth) if layer not in kept]
     reasons = _reasons(clusters, dropped, cka_LL, np.asarray(stderr) if stderr is not None else None)
     return Plan.keeping(depth, kept, clusters=clusters, reasons=reasons, method=config.method)
 
 
-def _nearest(kept: list[int], pattern: tuple[Sequence[Hashable], Sequence[Hashable]]) -> list[int]:
+def _nearest(kept: list[int], pattern: tuple[Sequence[Hashable], Sequence[Hashable]], protected: set[int]) -> list[int]:
     """As many layers, in the pattern, and as many of them as possible among those that were to be kept."""
     have, need = pattern
     found = nearest_matching(have, need[: len(kept)], kept)
     if found is None:
         raise UserError(f"plan.preserve_pattern: no {len(kept)} layers keep the pattern of kinds; keep more layers")
+    lost = sorted(protected - set(found))
+    if lost:
+        raise UserError(
+            f"plan.preserve_pattern: the nearest {len(kept)} layers that keep the pattern leave out layers {lost}, "
+            "which plan.protect_first and plan.protect_last keep: lower those, or keep another number of layers"
+        )
     return found
 
 
