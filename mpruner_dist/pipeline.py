@@ -10,11 +10,11 @@ from pathlib import Path
 from mpruner_dist.config import Config
 from mpruner_dist.road import Road
 from mpruner_dist.runs.folder import RunFolder, open_run
+from mpruner_dist.steps import STEPS
 
 log = logging.getLogger(__name__)
 
-STAGES = ("data", "collect", "plan", "rewrite", "retrain", "evaluate", "report")
-COMMANDS = {name: name for name in STAGES} | {"data": "collect", "rewrite": "plan"}
+COMMANDS = {name: name for name in STEPS} | {"data": "collect", "rewrite": "plan"}
 """The command that makes a finished stage anew when its inputs changed."""
 
 
@@ -38,7 +38,7 @@ def run(config: Config, run_dir: Path, *, last: str = "report", again: bool = Fa
         stages = stages_of(config)
         position = stages.index(last) + 1
         for name in stages[:position]:
-            inputs, outputs, make = road.step(name)
+            inputs, outputs, make = STEPS[name](road)
             folder.stage(name, inputs, outputs, make, command=COMMANDS[name], replace=again and COMMANDS[name] == last)
         if again:
             forget_outdated(road, folder, stages[position:])
@@ -47,7 +47,7 @@ def run(config: Config, run_dir: Path, *, last: str = "report", again: bool = Fa
 
 def stages_of(config: Config) -> tuple[str, ...]:
     """The stages that a configuration asks for."""
-    return tuple(name for name in STAGES if name != "retrain" or config.retrain is not None)
+    return tuple(name for name in STEPS if name != "retrain" or config.retrain is not None)
 
 
 def forget_outdated(road: Road, folder: RunFolder, stages: tuple[str, ...]) -> None:
@@ -55,7 +55,7 @@ def forget_outdated(road: Road, folder: RunFolder, stages: tuple[str, ...]) -> N
     for index, name in enumerate(stages):
         if name not in folder.stages:
             return
-        if folder.changes(name, road.step(name)[0]):
+        if folder.changes(name, STEPS[name](road)[0]):
             folder.forget(stages[index:])
             log.info("outdated, made again by the next `mpruner run`: %s", ", ".join(stages[index:]))
             return

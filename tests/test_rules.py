@@ -21,6 +21,7 @@ LEVELS = [
     {"models"},
     {"similarity", "planning", "rewriting", "retraining", "evaluation", "reporting"},
     {"road"},
+    {"steps"},
     {"dry_run", "pipeline"},
     {"cli"},
     {"__main__", "__init__"},
@@ -45,7 +46,7 @@ NO_TORCH = {
     "errors", "logs", "config", "config_file", "exchange", "plan", "runs", "checkpoints.folder", "checkpoints.header",
     "checkpoints.stored", "checkpoints.torch_files", "checkpoints.zero_files", "checkpoints.distcp",
     "checkpoints.formats", "planning", "similarity.finalise", "similarity.sums", "similarity.stage",
-    "rewriting.finished", "rewriting.layout", "reporting", "road", "pipeline", "cli",
+    "rewriting.finished", "rewriting.layout", "reporting", "road", "steps", "pipeline", "cli",
 }  # fmt: skip
 
 

@@ -1,0 +1,20 @@
+"""What a run is asked to do, as frozen models: sections of the one YAML file, their defaults and their limits."""
+
+from mpruner_dist.config.collect import CollectConfig
+from mpruner_dist.config.data import DataConfig, ModelConfig, SourceConfig
+from mpruner_dist.config.plan import PlanConfig
+from mpruner_dist.config.retrain import DistillationConfig, RetrainConfig
+from mpruner_dist.config.run import ClusterConfig, Config, EvaluateConfig
+
+__all__ = [
+    "ClusterConfig",
+    "CollectConfig",
+    "Config",
+    "DataConfig",
+    "DistillationConfig",
+    "EvaluateConfig",
+    "ModelConfig",
+    "PlanConfig",
+    "RetrainConfig",
+    "SourceConfig",
+]

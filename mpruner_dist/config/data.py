@@ -1,0 +1,81 @@
+"""The sections `model` and `data`."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from mpruner_dist.config.base import Dtype, Section
+
+
+class ModelConfig(Section):
+    """The checkpoint to prune."""
+
+    path: str
+    """A Hugging Face folder of safetensors files, or a hub id."""
+    revision: str | None = None
+    dtype: Dtype = "float32"
+    """Number type of the weights in collection, evaluation and retraining."""
+    trust_remote_code: bool = False
+
+
+class SourceConfig(Section):
+    """One part of the text."""
+
+    path: str
+    """A file or folder of .txt, .jsonl, .json or .parquet files, or a `datasets` id."""
+    name: str | None = None
+    """Configuration of the `datasets` id, such as wikitext-103-raw-v1."""
+    split: str = "train"
+    """Split of a `datasets` id. Files have one split, called train."""
+    text_field: str = "text"
+    take: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
+    """Share of the records, in their order: [0.2, 0.8] takes those from 20 % to 80 %."""
+
+    @model_validator(mode="after")
+    def _range_is_not_empty(self) -> Self:
+        if self.take[0] >= self.take[1]:
+            raise ValueError(f"take {list(self.take)} is empty: write [start, end] with start < end")
+        return self
+
+    def overlaps(self, other: "SourceConfig") -> bool:
+        """Whether both take some record of the same source."""
+        return (
+            (self.path, self.name, self.split) == (other.path, other.name, other.split)
+            and self.take[0] < other.take[1]
+            and other.take[0] < self.take[1]
+        )
+
+
+class DataConfig(Section):
+    """The four parts of the text. They must not overlap: what is fitted to must not be tested on."""
+
+    block_size: Annotated[int, Field(ge=8)] = 512
+    """Tokens in a sequence."""
+    pack: bool = True
+    """True joins records into full blocks; false gives each record a block of its own, padded."""
+    calibration: SourceConfig
+    train: SourceConfig | None = None
+    validation: SourceConfig | None = None
+    test: SourceConfig
+
+    def parts(self) -> dict[str, SourceConfig]:
+        """The parts that are set, by name."""
+        every = {
+            "calibration": self.calibration,
+            "train": self.train,
+            "validation": self.validation,
+            "test": self.test,
+        }
+        return {name: source for name, source in every.items() if source is not None}
+
+    @model_validator(mode="after")
+    def _parts_are_disjoint(self) -> Self:
+        parts = list(self.parts().items())
+        for index, (name, source) in enumerate(parts):
+            for other_name, other in parts[index + 1 :]:
+                if source.overlaps(other):
+                    raise ValueError(
+                        f"{name} takes {list(source.take)} and {other_name} takes {list(other.take)} of the same "
+                        f"{source.path!r}: give them ranges that do not overlap"
+                    )
+        return self

@@ -1,0 +1,81 @@
+"""The whole configuration: its sections, and what they ask of each other."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+import yaml
+from pydantic import model_validator
+
+from mpruner_dist.config.base import NonNegative, Positive, Section
+from mpruner_dist.config.collect import CollectConfig
+from mpruner_dist.config.data import DataConfig, ModelConfig
+from mpruner_dist.config.plan import PlanConfig
+from mpruner_dist.config.retrain import RetrainConfig
+
+
+class EvaluateConfig(Section):
+    """How quality and speed are measured on the test part."""
+
+    batch_size: Positive = 4
+    max_blocks: Positive | None = None
+    """At most so many sequences of the test part."""
+
+
+class ClusterConfig(Section):
+    """Where and how wide the work runs. Nothing here changes a result."""
+
+    workers: Positive = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes GPUs when the cluster has one for each worker."""
+    cpus_per_worker: Positive | None = None
+    """Without it, the CPUs of this machine divided among the workers."""
+    zero_stage: Literal["auto", 0, 3] = "auto"
+    """Collection and evaluation: 0 puts a replica on each worker, 3 divides the weights among them; auto takes 0 where
+    the weights fit in a worker's free memory, else 3, on GPUs with the partitions in CPU memory if they must."""
+    deepspeed: Path | None = None
+    """A DeepSpeed JSON file for collection and evaluation."""
+    address: str | None = None
+    """An existing Ray cluster. RAY_ADDRESS says the same. Without either, Ray is started on this machine."""
+    max_restarts: NonNegative = 2
+    """How often workers are started again after one of them was killed."""
+
+
+class Config(Section):
+    """Everything that a run is asked to do."""
+
+    model: ModelConfig
+    data: DataConfig
+    collect: CollectConfig = CollectConfig()
+    plan: PlanConfig = PlanConfig()
+    retrain: RetrainConfig | None = None
+    """Left out, nothing is retrained."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _settled_has_a_threshold(self) -> Self:
+        if self.collect.until == "settled" and self.plan.method != "anchor":
+            raise ValueError(
+                "collect.until settled compares with plan.threshold, which plan.method "
+                f"{self.plan.method} does not use: set plan.method anchor, or collect.until all"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _retraining_has_text(self) -> Self:
+        if self.retrain is None:
+            return self
+        missing = [name for name in ("train", "validation") if getattr(self.data, name) is None]
+        if missing:
+            raise ValueError(f"retrain needs data.{' and data.'.join(missing)}")
+        sequences = self.cluster.workers * self.retrain.micro_batch_size
+        if self.retrain.batch_size % sequences:
+            raise ValueError(
+                f"retrain.batch_size {self.retrain.batch_size} must be a multiple of cluster.workers "
+                f"{self.cluster.workers} x retrain.micro_batch_size {self.retrain.micro_batch_size} = {sequences}"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, defaults included."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,61 @@
+"""The stage `collect`: activations to HSIC sums to `cka.json`, on the workers."""
+
+import logging
+from functools import partial
+
+from mpruner_dist.planning.clusters import open_decisions
+from mpruner_dist.road import Road, Step
+from mpruner_dist.runs.folder import Inputs
+
+log = logging.getLogger(__name__)
+
+
+def collect(road: Road) -> Step:
+    """Activations to HSIC sums to `cka.json`, on the workers."""
+    inputs: Inputs = {
+        "model": road.model_id,
+        "dtype": road.config.model.dtype,
+        "calibration": road.text("calibration"),
+        "collect": road.config.collect.model_dump(exclude={"save_every"}),
+    }
+    decisions = None
+    if road.config.collect.until == "settled":
+        plan, z = road.config.plan, road.config.collect.settled_z
+        decisions = partial(open_decisions, threshold=plan.threshold, standard_errors=z)
+        inputs["settled"] = {"measure": plan.measure, "threshold": plan.threshold}
+
+    def make() -> None:
+        from mpruner_dist.models.blocks import num_layers
+        from mpruner_dist.models.loading import read_config
+        from mpruner_dist.models.naming import block_prefix
+        from mpruner_dist.similarity.collect import collect_job
+        from mpruner_dist.similarity.stage import is_settled, write_cka
+
+        remote_code = road.config.model.trust_remote_code
+        model_config = read_config(road.source, remote_code)
+        prefix = block_prefix(road.checkpoint.tensors, model_config, remote_code)
+        sums = road.work("stats", inputs)
+        measure = road.config.plan.measure
+        road.on_workers(
+            "collect", collect_job, blocks=road.blocks("calibration"), sums=sums, model=road.source,
+            is_settled=partial(is_settled, stream=measure, decisions=decisions) if decisions else None,
+        )  # fmt: skip
+        layers = [f"{prefix}.{layer}" for layer in range(num_layers(model_config))]
+        content = write_cka(sums, layers, road.folder / "cka.json", road.config.collect, measure, decisions)
+        _tell(content)
+
+    return inputs, ("cka.json",), make
+
+
+def _tell(similarity: Inputs) -> None:
+    """Say what a user should know of `cka.json` before planning by it."""
+    done, asked = similarity["num_batches"], similarity["asked_batches"]
+    if similarity["open"] == []:
+        log.info("  settled after %d of %d batches", done, asked)
+    elif similarity["open"]:
+        log.warning("not settled after all %d batches: %d comparison(s) are open", asked, len(similarity["open"]))
+    if similarity["dominated"]:
+        log.warning(
+            "few %ss dominate the similarity of %s: set collect.normalize true, or lower collect.outlier_norm",
+            similarity["unit"], ", ".join(similarity["dominated"]),
+        )  # fmt: skip

@@ -1,0 +1,38 @@
+"""The stage `data`: text to token blocks."""
+
+from pathlib import Path
+
+from mpruner_dist.config import SourceConfig
+from mpruner_dist.logs import show_progress
+from mpruner_dist.road import Road, Step
+from mpruner_dist.runs.digest import spot_digest
+
+
+def data(road: Road) -> Step:
+    """Text to token blocks."""
+    from mpruner_dist.data.needed import blocks_needed
+
+    tokenizer = {file.name: spot_digest(file) for file in sorted(road.source.glob("*token*"))}
+    files = {part: source_digest(source) for part, source in road.config.data.parts().items()}
+    inputs = {
+        "tokenizer": tokenizer,
+        "data": road.config.data.model_dump(mode="json"),
+        "blocks": blocks_needed(road.config),
+        "files": files,
+    }
+
+    def make() -> None:
+        from mpruner_dist.data.prepare import prepare_data
+
+        progress = road.folder / "logs/progress.json"
+        with show_progress(progress):
+            prepare_data(road.config, road.source, road.folder / "data", progress)
+
+    return inputs, ("data/data.json",), make
+
+
+def source_digest(source: SourceConfig) -> dict[str, str]:
+    """Digests of the files that a source reads; none for a `datasets` id, which names its own content."""
+    path = Path(source.path).expanduser()
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return {str(file): spot_digest(file) for file in files}

@@ -1,0 +1,19 @@
+"""The stage `report`: `report.html`, and a model card in each output folder."""
+
+from mpruner_dist.road import Road, Step
+from mpruner_dist.runs.digest import file_digest
+from mpruner_dist.runs.folder import Inputs
+
+
+def report(road: Road) -> Step:
+    """`report.html`, and a model card in each output folder."""
+    names = ["data/data.json", "cka.json", "plan.json", "evaluation.json"]
+    names += ["retrain.json"] if road.config.retrain is not None else []
+    inputs: Inputs = {name: file_digest(road.folder / name) for name in names}
+
+    def make() -> None:
+        from mpruner_dist.reporting.report import write_report
+
+        write_report(road.folder.path, road.config, road.folder.stages)
+
+    return inputs, ("report.html",), make

@@ -1,0 +1,30 @@
+"""The stage `rewrite`: the checkpoint without the layers, proven."""
+
+from functools import partial
+
+from mpruner_dist.errors import UserError
+from mpruner_dist.road import Road, Step
+
+
+def rewrite(road: Road) -> Step:
+    """The checkpoint without the layers, proven."""
+    plan = road.plan()
+    inputs = {"model": road.model_id, "kept": plan.kept}
+
+    def make() -> None:
+        from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
+
+        if not plan.dropped:
+            raise UserError(
+                f"the plan removes nothing: {road.folder / 'plan.json'} keeps all {plan.num_layers} layers. Lower "
+                "plan.threshold, or set plan.method partition with plan.keep_layers; cka.json has the similarities"
+            )
+        rewrite_checkpoint(
+            road.source,
+            road.folder / "pruned",
+            plan.kept,
+            trust_remote_code=road.config.model.trust_remote_code,
+            run_tasks=partial(road.session.run_tasks, progress=road.folder / "logs/progress.json"),
+        )
+
+    return inputs, ("pruned",), make
