@@ -191,12 +191,14 @@ def verify(
 def status(run_dir: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Say what is done in a run folder, what is next, and how long each stage took."""
     from mpruner_dist.pipeline import stages_of
-    from mpruner_dist.reporting.status import status_rows
+    from mpruner_dist.reporting.status import status_of_rounds, status_rows
 
     config_file = run_dir / "config.yaml"
     if not config_file.is_file():
         raise UserError(f"{run_dir} is no run folder: it holds no config.yaml")
-    _print_rows(str(run_dir), status_rows(run_dir, stages_of(load_config(config_file, []))))
+    settings = load_config(config_file, [])
+    rows = status_rows(run_dir, stages_of(settings)) if settings.rounds is None else status_of_rounds(run_dir)
+    _print_rows(str(run_dir), rows)
 
 
 def _walk(settings: Config, config: Path, run_dir: Path | None, last: str, again: bool = False) -> None:
@@ -207,6 +209,10 @@ def _walk(settings: Config, config: Path, run_dir: Path | None, last: str, again
         from mpruner_dist.reporting.table import print_evaluation
 
         print_evaluation(folder / "evaluation.json")
+        if settings.rounds is not None:
+            from mpruner_dist.reporting.rounds import print_rounds
+
+            print_rounds(folder / "rounds.json")
     artefact = {
         "collect": "cka.json",
         "plan": "plan.json",

@@ -65,6 +65,7 @@ def describe(config: Config) -> Rows:
         ("workers", f"{config.cluster.workers}, device {config.cluster.device}, ZeRO stage {stage}"),
         ("collection", _collection(config, checkpoint, inference, depth)),
         *_retraining(config, checkpoint, parts),
+        *_rounds(config),
         ("evaluation", _evaluation(config, checkpoint, inference, model_config, parts["test"])),
     ]  # fmt: skip
 
@@ -119,6 +120,20 @@ def _retraining(config: Config, checkpoint: CheckpointFolder, parts: dict[str, B
             f"{retrain.steps} steps of {retrain.batch_size} x {config.data.block_size} tokens ({epochs:.1f} epochs), "
             f"{settings['gradient_accumulation_steps']} micro-batches of {retrain.micro_batch_size} a worker, "
             f"ZeRO stage {stage}, at most {_bytes(memory)} a worker",
+        )
+    ]
+
+
+def _rounds(config: Config) -> Rows:
+    rounds = config.rounds
+    if rounds is None:
+        return []
+    judged = rounds.task.name if rounds.task else rounds.metric
+    return [
+        (
+            "rounds",
+            f"at most {rounds.max_rounds}, each all of the above; judged by {judged} on the validation part, tolerance "
+            f"{rounds.tolerance:g} from the original; at least {config.plan.keep_layers or 1} layers stay",
         )
     ]
 

@@ -22,7 +22,8 @@ LEVELS = [
     {"similarity", "planning", "rewriting", "retraining", "evaluation", "reporting"},
     {"road"},
     {"steps"},
-    {"dry_run", "pipeline"},
+    {"dry_run", "rounds"},
+    {"pipeline"},
     {"cli"},
     {"__main__", "__init__"},
 ]
@@ -38,6 +39,7 @@ OWNERS = {
     "huggingface_hub": {"checkpoints", "models"},
     "pydantic": {"config", "config_file", "plan"},
     "yaml": {"config", "config_file", "exchange"},
+    "lm_eval": {"evaluation"},
     "typer": {"cli"},
     "matplotlib": {"reporting"},
     "jinja2": {"reporting"},
@@ -46,7 +48,7 @@ NO_TORCH = {
     "errors", "logs", "config", "config_file", "exchange", "plan", "runs", "checkpoints.folder", "checkpoints.header",
     "checkpoints.stored", "checkpoints.torch_files", "checkpoints.zero_files", "checkpoints.distcp",
     "checkpoints.formats", "planning", "similarity.finalise", "similarity.sums", "similarity.stage",
-    "rewriting.finished", "rewriting.layout", "reporting", "road", "steps", "pipeline", "cli",
+    "rewriting.finished", "rewriting.layout", "reporting", "road", "steps", "rounds", "pipeline", "cli",
 }  # fmt: skip
 
 

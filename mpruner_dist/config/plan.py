@@ -7,6 +7,9 @@ from pydantic import Field, model_validator
 
 from mpruner_dist.config.base import NonNegative, Positive, Section
 
+THRESHOLD_METHODS = ("anchor",)
+"""Methods whose clusters follow from `plan.threshold`."""
+
 
 class PlanConfig(Section):
     """Which layers go."""

@@ -16,6 +16,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from mpruner_dist.config import Config, PlanConfig
 from mpruner_dist.plan import Plan, format_layers, read_plan
 from mpruner_dist.reporting.figures import influence_figure, losses_figure, neighbours_figure, similarity_figure
+from mpruner_dist.reporting.rounds import HEADINGS as ROUND_HEADINGS
+from mpruner_dist.reporting.rounds import round_rows, rounds_figure, rounds_summary
 from mpruner_dist.reporting.similarity import (
     LAYER_HEADINGS,
     WINDOW_HEADINGS,
@@ -85,7 +87,8 @@ def _facts(run: Path, config: Config, stages: dict[str, dict[str, Any]]) -> Fact
         "evaluation": evaluation,
         "data": data,
         "plan": plan,
-        "retrain": json.loads((run / "retrain.json").read_text()) if config.retrain else None,
+        "retrain": json.loads((run / "retrain.json").read_text()) if "retrained" in evaluation else None,
+        "rounds": _rounds(run, config),
         "summary": summary(evaluation, text),
         "text": text,
         "headings": HEADINGS,
@@ -107,9 +110,22 @@ def _facts(run: Path, config: Config, stages: dict[str, dict[str, Any]]) -> Fact
     }
 
 
+def _rounds(run: Path, config: Config) -> Facts | None:
+    """The rounds, if the run has any: what came of them, a table, and what a figure needs."""
+    if config.rounds is None:
+        return None
+    record = json.loads((run / "rounds.json").read_text())
+    return {"record": record, "summary": rounds_summary(record), "table": (ROUND_HEADINGS, round_rows(record))}
+
+
 def summary(evaluation: dict[str, Any], text: str) -> str:
     """The result in one sentence, from the content of `evaluation.json` and what to call the text of the test."""
-    original, pruned = evaluation["original"], evaluation["pruned"]
+    original, pruned = evaluation["original"], evaluation.get("pruned")
+    if pruned is None:
+        return (
+            f"Nothing was removed: {original['layers']} layers, {parameters_text(original['parameters'])} parameters, "
+            f"perplexity {perplexity_text(original['perplexity'])} on {original['tokens']:,} {text} tokens."
+        )
     share = evaluation_changes(evaluation)[list(evaluation).index("pruned")][HEADINGS.index("parameters")]
     quality = f"{perplexity_text(original['perplexity'])} → {perplexity_text(pruned['perplexity'])} pruned"
     if "retrained" in evaluation:
@@ -136,6 +152,8 @@ def _draw(facts: Facts, config: Config) -> dict[str, str]:
     }
     if facts["retrain"]:
         figures["losses"] = losses_figure(facts["retrain"]["loss"], facts["retrain"]["validation_loss"])
+    if facts["rounds"]:
+        figures["rounds"] = rounds_figure(facts["rounds"]["record"])
     return figures
 
 

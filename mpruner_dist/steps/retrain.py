@@ -13,6 +13,7 @@ def retrain(road: Road) -> Step:
         raise UserError("there is no retrain section in the configuration")
     inputs: Inputs = {
         "model": road.model_id,
+        "teacher": road.original_id,
         "kept": road.plan().kept,
         "dtype": road.config.model.dtype,
         "train": road.text("train"),
@@ -26,7 +27,7 @@ def retrain(road: Road) -> Step:
 
         work = road.work("retrain", inputs)
         road.on_workers(
-            "retrain", retrain_job, given=inputs["deepspeed"], pruned=road.folder / "pruned", teacher=road.source,
+            "retrain", retrain_job, given=inputs["deepspeed"], pruned=road.folder / "pruned", teacher=road.original,
             train=road.blocks("train"), validation=road.blocks("validation"), work=work,
             target=road.folder / "retrained",
         )  # fmt: skip
