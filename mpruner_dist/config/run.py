@@ -9,7 +9,7 @@ from pydantic import model_validator
 from mpruner_dist.config.base import NonNegative, Positive, Section
 from mpruner_dist.config.collect import CollectConfig
 from mpruner_dist.config.data import DataConfig, ModelConfig
-from mpruner_dist.config.plan import PlanConfig
+from mpruner_dist.config.plan import JUDGED, PlanConfig
 from mpruner_dist.config.retrain import RetrainConfig
 
 
@@ -54,11 +54,19 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _settled_has_a_threshold(self) -> Self:
-        if self.collect.until == "settled" and self.plan.method != "anchor":
+        budget = self.plan.keep_layers or self.plan.target_parameters
+        if self.collect.until == "settled" and (self.plan.method != "anchor" or budget):
             raise ValueError(
-                "collect.until settled compares with plan.threshold, which plan.method "
-                f"{self.plan.method} does not use: set plan.method anchor, or collect.until all"
+                f"collect.until settled compares with plan.threshold, which plan.method {self.plan.method}"
+                f"{' with a budget' if budget else ''} does not use: set plan.method anchor without a budget, or "
+                "collect.until all"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _plans_are_judged_on_text(self) -> Self:
+        if self.plan.method in JUDGED and self.data.validation is None:
+            raise ValueError(f"plan.method {self.plan.method} measures the loss of plans: it needs data.validation")
         return self
 
     @model_validator(mode="after")

@@ -33,6 +33,8 @@ def plan(road: Road) -> Step:
             measured["cka"],
             road.config.plan,
             stderr=measured["stderr"],
+            influence=similarity["block_influence"],
+            angular=similarity["angular_distance"],
             parameters=sizes,
             other_parameters=road.checkpoint.num_parameters - sum(sizes),
             pattern=_pattern(road) if road.config.plan.preserve_pattern else None,
