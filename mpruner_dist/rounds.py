@@ -10,7 +10,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from mpruner_dist.config import THRESHOLD_METHODS, Config, RoundsConfig
+from mpruner_dist.config import CLUSTERED, Config, RoundsConfig
 from mpruner_dist.road import Road
 from mpruner_dist.runs.commit import write_json
 from mpruner_dist.runs.folder import RunFolder
@@ -112,11 +112,12 @@ def _begin_round(road: Road, number: int, base: Base, stride: int, folders: dict
 
 def round_config(config: Config, base: Base, stride: int) -> Config:
     """What a round is asked to do: another model, and a plan as gentle as the stride."""
-    plan = config.plan.model_copy(update={"stride": stride})
-    if config.plan.method not in THRESHOLD_METHODS:
+    if config.plan.method in CLUSTERED:
+        changes = {"stride": stride, "keep_layers": None}
+    else:
         removed = -(-(_rounds(config).remove or 1) // stride)
-        keep = max(config.plan.keep_layers or 1, len(base.layers) - removed)
-        plan = plan.model_copy(update={"keep_layers": keep})
+        changes = {"keep_layers": max(config.plan.keep_layers or 1, len(base.layers) - removed)}
+    plan = config.plan.model_copy(update=changes)
     model = config.model.model_copy(update={"path": base.path})
     return config.model_copy(update={"plan": plan, "model": model})
 

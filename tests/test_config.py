@@ -105,7 +105,14 @@ def test_every_mistake_comes_back_at_once_with_the_nearest_name(tmp_path: Path) 
         ("data", {"calibration": {"path": "b.jsonl"}}, "calibration takes [0.0, 1.0] and test takes [0.0, 1.0] of the"),
         ("plan", {"method": "partition"}, "plan: method partition needs keep_layers or target_parameters"),
         ("plan", {"method": "partition", "keep_layers": 2, "target_parameters": 2}, "just one of them"),
-        ("plan", {"keep_layers": 2}, "plan: keep_layers is a budget: it goes with method partition, not anchor"),
+        ("plan", {"keep_layers": 2, "stride": 2}, "plan: stride 2 goes with threshold; with keep_layers it must be 1"),
+        ("plan", {"method": "random"}, "plan: method random needs keep_layers or target_parameters, and just one"),
+        ("plan", {"method": "file", "file": "f", "keep_layers": 2}, "plan: keep_layers is a budget, and method file"),
+        ("plan", {"method": "last", "keep_layers": 2, "keep": "last"}, "plan: keep last goes with the methods anchor"),
+        ("plan", {"keep": "medoid", "stride": 2}, "plan: stride 2 counts from an end of a cluster: keep must be first"),
+        ("plan", {"method": "search", "keep_layers": 2, "preserve_pattern": True}, "after method search has judged"),
+        ("plan", {"method": "greedy", "keep": "last"}, "just one of them; keep last goes with the methods"),
+        ("plan", {"passes": 0}, "plan.passes"),
         ("plan", {"method": "file"}, "plan: method file and plan.file go together"),
         ("plan", {"file": "plan.json"}, "plan: method file and plan.file go together"),
         ("plan", {"threshold": 0}, "plan.threshold: Input should be greater than 0, got 0"),
@@ -251,5 +258,12 @@ def test_a_configuration_does_not_change(tmp_path: Path) -> None:
 
 def test_settled_needs_a_threshold_to_compare_with(tmp_path: Path) -> None:
     content = minimal() | {"collect": {"until": "settled"}, "plan": {"method": "partition", "keep_layers": 3}}
-    assert "which plan.method partition does not use: set plan.method anchor" in refusal(tmp_path, content)
+    assert "which plan.method partition with a budget does not use: set plan.meth" in refusal(tmp_path, content)
     assert load(tmp_path, content, "plan.method=anchor", "plan.keep_layers=null").collect.until == "settled"
+
+
+@pytest.mark.parametrize("method", ["greedy", "search"])
+def test_plans_are_judged_on_validation_text(tmp_path: Path, method: str) -> None:
+    content = minimal() | {"plan": {"method": method, "keep_layers": 3}}
+    assert f"plan.method {method} measures the loss of plans: it needs data.validation" in refusal(tmp_path, content)
+    assert load(tmp_path, content, "data.validation.path=c.jsonl").plan.passes == 64

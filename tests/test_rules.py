@@ -47,7 +47,9 @@ OWNERS = {
 NO_TORCH = {
     "errors", "logs", "config", "config_file", "exchange", "plan", "runs", "checkpoints.folder", "checkpoints.header",
     "checkpoints.stored", "checkpoints.torch_files", "checkpoints.zero_files", "checkpoints.distcp",
-    "checkpoints.formats", "planning", "similarity.finalise", "similarity.sums", "similarity.stage",
+    "checkpoints.formats", "planning.budget", "planning.clusters",
+    "planning.greedy", "planning.losses", "planning.planner", "planning.proposals", "planning.ranking",
+    "planning.search", "similarity.finalise", "similarity.sums", "similarity.stage",
     "rewriting.finished", "rewriting.layout", "reporting", "road", "steps", "rounds", "pipeline", "cli",
 }  # fmt: skip
 

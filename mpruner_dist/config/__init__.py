@@ -2,13 +2,13 @@
 
 from mpruner_dist.config.collect import CollectConfig
 from mpruner_dist.config.data import DataConfig, ModelConfig, SourceConfig
-from mpruner_dist.config.plan import THRESHOLD_METHODS, PlanConfig
+from mpruner_dist.config.plan import CLUSTERED, PlanConfig
 from mpruner_dist.config.retrain import DistillationConfig, RetrainConfig
 from mpruner_dist.config.rounds import RoundsConfig, TaskConfig
 from mpruner_dist.config.run import ClusterConfig, Config, EvaluateConfig
 
 __all__ = [
-    "THRESHOLD_METHODS",
+    "CLUSTERED",
     "ClusterConfig",
     "CollectConfig",
     "Config",

@@ -16,9 +16,11 @@ log = logging.getLogger(__name__)
 def plan(road: Road) -> Step:
     """`cka.json` to `plan.json`: instant, no torch."""
     given = road.config.plan.file
+    floor = (road.run.config.plan.keep_layers or 1) if road.run else 1  # the budget of all rounds
     inputs = {
         "cka": file_digest(road.folder / "cka.json"),
         "plan": road.config.plan.model_dump(mode="json"),
+        "at_least": floor,
         "file": file_digest(given) if given and given.is_file() else None,
     }
 
@@ -33,9 +35,12 @@ def plan(road: Road) -> Step:
             measured["cka"],
             road.config.plan,
             stderr=measured["stderr"],
+            influence=similarity["block_influence"],
+            angular=similarity["angular_distance"],
             parameters=sizes,
             other_parameters=road.checkpoint.num_parameters - sum(sizes),
             pattern=_pattern(road) if road.config.plan.preserve_pattern else None,
+            at_least=floor,
         )
         write_json(road.folder / "plan.json", plan.model_dump())
         log.info("  keeps layers %s of %d", format_layers(plan.kept), plan.num_layers)
