@@ -96,6 +96,13 @@ def test_the_score_is_the_mean_over_tokens_not_over_batches(tmp_path: Path, batc
     assert score.tokens == count == 8 + 1 + 8 + 2 + 1
     assert score.nll == pytest.approx(expected / count, rel=1e-5)
     assert score.seconds >= 0
+    hits = sum(
+        int(engine.table[int(row[place])].argmax()) == int(row[place + 1])
+        for row, length in zip(blocks.ids, blocks.lengths, strict=True)
+        for place in range(length - 1)
+    )
+    assert score.accuracy == hits / count
+    assert hits > 0
     per_block = [naive_nll(engine.table[torch.from_numpy(blocks.rows([i]).ids).long()], blocks.rows([i]))
                  for i in range(5)]  # fmt: skip
     assert abs(score.nll - sum(nll / n for nll, n in per_block) / 5) > 0.01  # the mean of means is another number
