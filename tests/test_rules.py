@@ -32,7 +32,7 @@ OWNERS = {
     "ray": {"cluster"},
     "deepspeed": {"cluster"},
     "torch.distributed": {"cluster"},
-    "safetensors": {"checkpoints", "data", "similarity"},
+    "safetensors": {"checkpoints", "data", "similarity", "retraining"},
     "datasets": {"data"},
     "transformers": {"models", "data"},
     "huggingface_hub": {"checkpoints", "models"},
@@ -41,12 +41,17 @@ OWNERS = {
     "typer": {"cli"},
     "matplotlib": {"reporting"},
     "jinja2": {"reporting"},
+    "peft": {"retraining"},
+    "tensorboard": {"retraining"},
+    "torch.utils.tensorboard": {"retraining"},
+    "wandb": {"retraining"},
 }
 NO_TORCH = {
     "errors", "logs", "config", "config_file", "exchange", "plan", "runs", "checkpoints.folder", "checkpoints.header",
     "checkpoints.stored", "checkpoints.torch_files", "checkpoints.zero_files", "checkpoints.distcp",
     "checkpoints.formats", "planning", "similarity.finalise", "similarity.sums", "similarity.stage",
-    "rewriting.finished", "rewriting.layout", "reporting", "road", "steps", "pipeline", "cli",
+    "rewriting.finished", "rewriting.layout", "retraining.freezing", "retraining.matching", "retraining.settings",
+    "reporting", "road", "steps", "pipeline", "cli",
 }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from mpruner_dist.config.collect import CollectConfig
 from mpruner_dist.config.data import DataConfig, ModelConfig, SourceConfig
 from mpruner_dist.config.plan import PlanConfig
-from mpruner_dist.config.retrain import DistillationConfig, RetrainConfig
+from mpruner_dist.config.retrain import DistillationConfig, LoraConfig, RetrainConfig
 from mpruner_dist.config.run import ClusterConfig, Config, EvaluateConfig
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "DataConfig",
     "DistillationConfig",
     "EvaluateConfig",
+    "LoraConfig",
     "ModelConfig",
     "PlanConfig",
     "RetrainConfig",
