@@ -19,7 +19,9 @@ from mpruner_dist.models.blocks import num_layers
 from mpruner_dist.models.loading import quiet_transformers, read_config
 from mpruner_dist.models.naming import block_prefix
 from mpruner_dist.plan import read_plan
-from mpruner_dist.retraining.settings import training_settings
+from mpruner_dist.retraining.matching import require_fitting_teacher
+from mpruner_dist.retraining.metrics import require_loggers
+from mpruner_dist.retraining.settings import hidden_size, training_settings
 
 Rows = list[tuple[str, str]]
 
@@ -64,7 +66,7 @@ def describe(config: Config) -> Rows:
         *((f"{part} text", f"{len(made)} blocks, {int(made.lengths.sum()):,} tokens") for part, made in parts.items()),
         ("workers", f"{config.cluster.workers}, device {config.cluster.device}, ZeRO stage {stage}"),
         ("collection", _collection(config, checkpoint, inference, depth)),
-        *_retraining(config, checkpoint, parts),
+        *_retraining(config, source, checkpoint, prefix, sizes, parts.get("train")),
         *_rounds(config),
         ("evaluation", _evaluation(config, checkpoint, inference, model_config, parts["test"])),
     ]  # fmt: skip
@@ -99,27 +101,28 @@ def _evaluation(
     return f"{models} models on {int(test.lengths.sum()):,} tokens, {_bytes(memory)} a worker"
 
 
-def _retraining(config: Config, checkpoint: CheckpointFolder, parts: dict[str, Blocks]) -> Rows:
+def _retraining(
+    config: Config, source: Path, checkpoint: CheckpointFolder, prefix: str, sizes: list[int], train: Blocks | None
+) -> Rows:
     retrain = config.retrain
-    if retrain is None:
+    if retrain is None or train is None:
         return [("retraining", "none")]
-    settings = training_settings(
-        read_deepspeed_config(retrain.deepspeed), retrain, config.model.dtype, config.cluster.workers
-    )
-    stage, workers = zero_stage(settings), config.cluster.workers
-    width = _width(config)
-    state = {"optimizer": 12 if width < 4 else 8, "gradients": width, "weights": width}
-    divided = {"optimizer": stage >= 1, "gradients": stage >= 2, "weights": stage >= 3}
-    per_parameter = sum(size / (workers if divided[name] else 1) for name, size in state.items())
-    teacher = width / (workers if stage == 3 else 1) if retrain.distillation else 0
-    memory = checkpoint.num_parameters * (per_parameter + teacher)
-    epochs = retrain.steps * retrain.batch_size / len(parts["train"])
+    given, workers = read_deepspeed_config(retrain.deepspeed), config.cluster.workers
+    settings = training_settings(given, retrain, config.model.dtype, workers, hidden_size(checkpoint.config))
+    require_loggers(retrain.log_to)
+    if retrain.distillation is not None:
+        named = retrain.distillation.teacher
+        teacher = source if named is None else resolve_source(named, None)
+        require_fitting_teacher(teacher, source, retrain.distillation, config.model.trust_remote_code)
+    trained = _trained(config, checkpoint, prefix, sizes)
+    epochs = retrain.steps * retrain.batch_size / len(train)
     return [
         (
             "retraining",
             f"{retrain.steps} steps of {retrain.batch_size} x {config.data.block_size} tokens ({epochs:.1f} epochs), "
             f"{settings['gradient_accumulation_steps']} micro-batches of {retrain.micro_batch_size} a worker, "
-            f"ZeRO stage {stage}, at most {_bytes(memory)} a worker",
+            f"ZeRO stage {zero_stage(settings)}, at most {trained / 1e6:.2f} M parameters trained, at most "
+            f"{_training_memory(config, settings, checkpoint.num_parameters, trained)} a worker",
         )
     ]
 
@@ -136,6 +139,37 @@ def _rounds(config: Config) -> Rows:
             f"{rounds.tolerance:g} from the original; at least {config.plan.keep_layers or 1} layers stay",
         )
     ]
+
+
+def _trained(config: Config, checkpoint: CheckpointFolder, prefix: str, sizes: list[int]) -> int:
+    """Parameters that the optimizer has, at most: the plan is not made yet."""
+    retrain, layers = config.retrain, len(sizes)
+    if retrain is None:
+        return 0
+    if retrain.trainable == "neighbours" and config.plan.keep_layers is not None:
+        layers = min(config.plan.keep_layers, 2 * (layers - config.plan.keep_layers))
+    if retrain.lora is not None:
+        matrices = [info for name, info in checkpoint.tensors.items() if name.startswith(f"{prefix}.")]
+        sides = sum(sum(info.shape) for info in matrices if len(info.shape) == 2)
+        return sides * retrain.lora.rank * layers // len(sizes)
+    return checkpoint.num_parameters if retrain.trainable == "all" else layers * max(sizes)
+
+
+def _training_memory(config: Config, settings: Settings, parameters: int, trained: int) -> str:
+    """Weights, gradients, optimizer state and the teacher's weights, and what of them is offloaded."""
+    stage, workers, width = zero_stage(settings), config.cluster.workers, _width(config)
+    zero, distillation = settings["zero_optimization"], config.retrain and config.retrain.distillation
+    weights = parameters * width / (workers if stage == 3 else 1)
+    if distillation and not distillation.cache:  # a cached teacher is gone before training begins
+        weights *= 2
+    gradients = trained * width / (workers if stage >= 2 else 1)
+    optimizer = trained * (12 if width < 4 else 8) / workers
+    told = _bytes(weights + gradients + optimizer)
+    for name, size in (("offload_optimizer", optimizer), ("offload_param", weights)):
+        device = (zero.get(name) or {}).get("device", "none")
+        if device != "none":
+            told += f", {_bytes(size)} of it on {device}"
+    return told
 
 
 def _width(config: Config) -> int:

@@ -23,13 +23,16 @@ Step = tuple[Inputs, tuple[str, ...], Callable[[], None]]
 class Road:
     """The place where the stages of one run find what they share.
 
-    A round of pruning has a road of its own; `run` is that of the whole run, whose text, Ray and original it uses.
+    A round of pruning has a road of its own; `run` is that of the whole run, whose text, Ray and original it uses,
+    and `layers` its model's layers by their numbers there.
 
     Unfinished work lies in folders named by the digest of its inputs, so that it is never taken for another's.
     """
 
-    def __init__(self, config: Config, folder: RunFolder, *, run: "Road | None" = None) -> None:
-        self.config, self.folder, self.run = config, folder, run
+    def __init__(
+        self, config: Config, folder: RunFolder, *, run: "Road | None" = None, layers: list[int] | None = None
+    ) -> None:
+        self.config, self.folder, self.run, self.layers = config, folder, run, layers
         self.source = resolve_source(config.model.path, config.model.revision)
         self.checkpoint = read_checkpoint(self.source)
         self.model_id = self.checkpoint.fingerprint()
@@ -55,6 +58,10 @@ class Road:
 
             self._session = RaySession(self.config.cluster)
         return self._session  # type: ignore[no-any-return]
+
+    def layer_of_original(self, layer: int) -> int:
+        """The number that a layer had in the original model."""
+        return layer if self.layers is None else self.layers[layer]
 
     def plan(self) -> Plan:
         """The plan that the stage of this name made."""

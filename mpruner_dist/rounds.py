@@ -105,7 +105,7 @@ def _begin_round(road: Road, number: int, base: Base, stride: int, folders: dict
     if base.round in folders:
         folder.adopt("collect", folders[base.round])
     folders[base.round] = folder
-    current = Road(config, folder, run=road)
+    current = Road(config, folder, run=road, layers=base.layers)
     _walk(current, ["collect", "plan"])
     return current
 

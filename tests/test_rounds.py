@@ -47,7 +47,7 @@ class Loop:
         monkeypatch.setattr(rounds, "ROUND_STEPS", {name: self.step(name) for name in ("baseline", "gate", "result")})
         monkeypatch.setattr(rounds, "Road", self.road)
 
-    def road(self, config: Config, folder: Any, run: Any = None) -> Any:
+    def road(self, config: Config, folder: Any, run: Any = None, layers: Any = None) -> Any:
         def read() -> Plan:
             return read_plan(folder / "plan.json")
 

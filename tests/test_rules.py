@@ -33,7 +33,7 @@ OWNERS = {
     "ray": {"cluster"},
     "deepspeed": {"cluster"},
     "torch.distributed": {"cluster"},
-    "safetensors": {"checkpoints", "data", "similarity"},
+    "safetensors": {"checkpoints", "data", "similarity", "retraining"},
     "datasets": {"data"},
     "transformers": {"models", "data"},
     "huggingface_hub": {"checkpoints", "models"},
@@ -43,6 +43,10 @@ OWNERS = {
     "typer": {"cli"},
     "matplotlib": {"reporting"},
     "jinja2": {"reporting"},
+    "peft": {"retraining"},
+    "tensorboard": {"retraining"},
+    "torch.utils.tensorboard": {"retraining"},
+    "wandb": {"retraining"},
 }
 NO_TORCH = {
     "errors", "logs", "config", "config_file", "exchange", "plan", "runs", "checkpoints.folder", "checkpoints.header",
@@ -50,7 +54,8 @@ NO_TORCH = {
     "checkpoints.formats", "planning.budget", "planning.clusters",
     "planning.greedy", "planning.losses", "planning.planner", "planning.proposals", "planning.ranking",
     "planning.search", "similarity.finalise", "similarity.sums", "similarity.stage",
-    "rewriting.finished", "rewriting.layout", "reporting", "road", "steps", "rounds", "pipeline", "cli",
+    "rewriting.finished", "rewriting.layout", "retraining.freezing", "retraining.settings",
+    "reporting", "road", "steps", "rounds", "pipeline", "cli",
 }  # fmt: skip
 
 

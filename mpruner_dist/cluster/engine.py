@@ -47,10 +47,10 @@ def make_engine(model: torch.nn.Module, settings: Settings, parameters: Any = No
     return engine
 
 
-def gathered(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
-    """All workers enter: inside, the parameter is whole on each of them."""
-    if not hasattr(parameter, "ds_status"):  # ZeRO stage 3 alone partitions parameters
+def gathered(*parameters: torch.nn.Parameter) -> AbstractContextManager[Any]:
+    """All workers enter: inside, these parameters are whole on each of them."""
+    if not hasattr(parameters[0], "ds_status"):  # ZeRO stage 3 alone partitions parameters, and then all of them
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters([parameter])  # type: ignore[no-any-return]
+    return deepspeed.zero.GatheredParameters(list(parameters))  # type: ignore[no-any-return]

@@ -3,7 +3,7 @@
 from mpruner_dist.config.collect import CollectConfig
 from mpruner_dist.config.data import DataConfig, ModelConfig, SourceConfig
 from mpruner_dist.config.plan import CLUSTERED, PlanConfig
-from mpruner_dist.config.retrain import DistillationConfig, RetrainConfig
+from mpruner_dist.config.retrain import DistillationConfig, LoraConfig, RetrainConfig
 from mpruner_dist.config.rounds import RoundsConfig, TaskConfig
 from mpruner_dist.config.run import ClusterConfig, Config, EvaluateConfig
 
@@ -15,6 +15,7 @@ __all__ = [
     "DataConfig",
     "DistillationConfig",
     "EvaluateConfig",
+    "LoraConfig",
     "ModelConfig",
     "PlanConfig",
     "RetrainConfig",

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from mpruner_dist.errors import UserError
 
@@ -34,6 +35,11 @@ def input_states_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tens
     """The hidden states [batch, tokens, width] that a block was called with."""
     hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
     return hidden
+
+
+def projections(block: torch.nn.Module) -> list[str]:
+    """Names of a block's matrices that multiply the states: linear layers, GPT-2's transposed ones too."""
+    return [name for name, module in block.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
 
 
 def activations_per_token(block: torch.nn.Module) -> int:
