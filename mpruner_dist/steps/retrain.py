@@ -54,7 +54,8 @@ def retrain(road: Road) -> Step:
         road.on_workers(
             "retrain", retrain_job, given=given, pruned=road.folder / "pruned", layers=layers, teacher=teacher,
             teacher_layers=[road.layer_of_original(layer) for layer in plan.kept], words=words,
-            train=road.blocks("train"), validation=road.blocks("validation"), work=work, target=road.folder / "retrained",
+            train=road.blocks("train"), validation=road.blocks("validation"), work=work,
+            target=road.folder / "retrained",
         )  # fmt: skip
         write_summary(work, road.folder / "retrain.json")
 
