@@ -54,13 +54,13 @@ def score_text(
     batches = num_batches(len(blocks), batch_size)
     mine, turns = share_of_batches(list(range(batches)), worker.rank, worker.world_size)
     sums = torch.zeros(2, dtype=torch.float64, device=worker.device)
-    _forward(worker, engine, blocks.rows([0]))  # warm-up, outside the time
+    forward_nll(worker, engine, blocks.rows([0]))  # warm-up, outside the time
     worker.barrier()
     begun = time.monotonic()
     for turn in range(turns):
         counted = turn < len(mine)  # else a turn taken only because ZeRO stage 3 needs everyone
         rows = blocks.rows(batch_rows(mine[turn] if counted else 0, batch_size, len(blocks)))
-        nll, tokens = _forward(worker, engine, rows)
+        nll, tokens = forward_nll(worker, engine, rows)
         if counted:
             sums += torch.tensor([float(nll), float(tokens)], dtype=torch.float64, device=worker.device)
         tell(min((turn + 1) * worker.world_size, batches))
@@ -72,7 +72,8 @@ def score_text(
     return TextScore(nll_sum / token_sum, int(token_sum), seconds)
 
 
-def _forward(worker: Worker, engine: Any, blocks: Blocks) -> tuple[Tensor, int]:
+def forward_nll(worker: Worker, engine: Any, blocks: Blocks) -> tuple[Tensor, int]:
+    """`token_nll` of one forward pass over these blocks, on this worker."""
     inputs = model_inputs(blocks, worker.device)
     with torch.no_grad():
         return token_nll(engine(**inputs).logits, inputs)
