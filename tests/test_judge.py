@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.distributed
 import transformers
-from conftest import make_model, on_ranks
+from conftest import make_model, make_tokenizer, on_ranks, write_config
 
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config
@@ -23,10 +24,11 @@ PLANS = [[], [3], [1, 2, 6], [5], list(range(1, 8))]
 ROWS = (2, 9)
 
 
-def probe(text: Losses) -> dict[str, Any]:
+def probe(text: Callable[[], Losses]) -> dict[str, Any]:
     """Losses of some plans, batch by batch, asked for in two goes."""
-    text.measure(PLANS[:2], [0, 2])
-    return {"losses": text.measure(PLANS, text.batches).tolist(), "tokens": text.tokens_B.tolist()}
+    losses = text()
+    losses.measure(PLANS[:2], [0, 2])
+    return {"losses": losses.measure(PLANS, losses.batches).tolist(), "tokens": losses.tokens_B.tolist()}
 
 
 def config_for(folder: Path) -> Config:
@@ -126,3 +128,35 @@ def test_a_block_that_is_skipped_is_not_computed_where_that_can_be(tmp_path: Pat
     assert ran == ([2, 3] if computed else [3])
     assert torch.equal(forward(), whole)  # all are back
     assert not torch.equal(expected, whole)
+
+
+@pytest.mark.ray
+def test_a_search_on_two_workers_makes_the_plan_of_one(
+    settings: dict[str, Any], mpruner: Any, tmp_path: Path, tiny: Path
+) -> None:
+    """Layers 3 and 5 do nothing, and the search, which must find that out from losses, is begun again from its file."""
+    model = make_model("llama", tmp_path / "model", seed=3)
+    with torch.no_grad():
+        for layer in (3, 5):
+            model.model.layers[layer].self_attn.o_proj.weight.zero_()
+            model.model.layers[layer].mlp.down_proj.weight.zero_()
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer(tmp_path / "model")
+    settings["model"]["path"] = str(tmp_path / "model")
+    settings["plan"] = {"method": "search", "keep_layers": 5, "passes": 20, "judge_blocks": 12}
+    settings["cluster"]["workers"] = 2
+    config, run = write_config(tmp_path / "config.yaml", settings | {"retrain": None}), tmp_path / "run"
+    code, output = mpruner("plan", config, "--run-dir", run)
+    assert code == 0, output
+    plan = json.loads((run / "plan.json").read_text())
+    assert {3, 5} < set(plan["dropped"])
+    assert plan["judged"]["passes"] <= 20
+    assert all(abs(plan["reasons"][str(layer)]["cost"]) < 1e-6 for layer in (3, 5))
+    assert "judged on" in output
+    [file] = run.glob("plan/*/losses.jsonl")
+    before = file.read_text()
+    (run / "plan.json").unlink()
+    code, output = mpruner("plan", config, "--run-dir", run, "--set", "cluster.workers=1")
+    assert code == 0, output
+    assert json.loads((run / "plan.json").read_text()) == plan
+    assert file.read_text() == before  # nothing was measured again

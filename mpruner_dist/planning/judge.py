@@ -5,6 +5,7 @@ Every worker makes the same plan from the same losses; they share the work of me
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,13 @@ def judge_job(worker: Worker, spec: dict[str, Any]) -> None:
     """Plan by losses and write what comes of it, `result.json`, into the work folder.
 
     spec: config (Config), model (Path), blocks (Path), work (Path), deepspeed (dict), texts (dict of name -> (first,
-    end): which blocks each text is made of), task (a function of Losses, by the names of the texts, that returns what
-    JSON can hold), passes (float: how many they will be, for the progress).
+    end): which blocks each text is made of), task (returns what JSON can hold; called with a function by each of these
+    names, which makes the Losses on that text), passes (float: how many they will be, for the progress).
     """
     work = Path(spec["work"])
     judge = WorkersJudge(worker, spec["config"], spec, work / "losses.jsonl")
     worker.begin_progress("plan", "passes", spec["passes"])
-    texts = {name: judge.losses(*rows) for name, rows in spec["texts"].items()}
+    texts = {name: partial(judge.losses, *rows) for name, rows in spec["texts"].items()}
     result = spec["task"](**texts)
     if worker.is_first:
         write_json(work / "result.json", result)
