@@ -76,12 +76,36 @@ def collect(config: ConfigFile, run_dir: RunDir = None, override: Set = None) ->
 
 
 @app.command()
-def plan(config: ConfigFile, run_dir: RunDir = None, override: Set = None) -> None:
-    """Decide which layers go, from similarities that are saved: instant.
+def plan(
+    config: ConfigFile,
+    run_dir: RunDir = None,
+    override: Set = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Compare all planners at equal depth; the run's plan stays as it is.")
+    ] = False,
+    depths: Annotated[
+        str | None, typer.Option(help="With --compare: how many layers to remove, such as 2,4,6.")
+    ] = None,
+) -> None:
+    """Decide which layers go, from similarities that are saved: instant, but for methods greedy and search.
 
-    A new plan makes the pruned and the retrained model outdated; the next `mpruner run` makes them again.
+    Those measure the loss of plans on validation text, on the workers. A new plan makes the pruned and the retrained
+    model outdated; the next `mpruner run` makes them again.
     """
-    _walk(load_config(config, override or []), config, run_dir, "plan", again=True)
+    settings = load_config(config, override or [])
+    if depths is not None and not compare:
+        raise UserError("--depths goes with --compare; a plan's own depth is plan.keep_layers")
+    if not compare:
+        _walk(settings, config, run_dir, "plan", again=True)
+        return
+    from mpruner_dist import pipeline
+    from mpruner_dist.plan import parse_layers
+    from mpruner_dist.reporting.comparison import print_comparison
+
+    wanted = None if depths is None else parse_layers(depths)
+    folder = pipeline.compare_plans(settings, run_dir or Path("runs") / config.stem, wanted)
+    print_comparison(folder / "compare.json")
+    typer.echo(str(folder / "figures/plans.svg"))
 
 
 @app.command()

@@ -12,6 +12,7 @@ from mpruner_dist.checkpoints.naming import layer_parameters
 from mpruner_dist.checkpoints.source import resolve_source
 from mpruner_dist.cluster.settings import Settings, inference_settings, read_deepspeed_config, zero_stage
 from mpruner_dist.config import Config
+from mpruner_dist.config.plan import JUDGED
 from mpruner_dist.data.blocks import Blocks
 from mpruner_dist.data.prepare import load_tokenizer, make_part
 from mpruner_dist.logs import show_progress
@@ -19,6 +20,8 @@ from mpruner_dist.models.blocks import num_layers
 from mpruner_dist.models.loading import quiet_transformers, read_config
 from mpruner_dist.models.naming import block_prefix
 from mpruner_dist.plan import read_plan
+from mpruner_dist.planning.budget import Budget
+from mpruner_dist.planning.greedy import greedy_passes
 from mpruner_dist.retraining.matching import require_fitting_teacher
 from mpruner_dist.retraining.metrics import require_loggers
 from mpruner_dist.retraining.settings import hidden_size, training_settings
@@ -66,6 +69,7 @@ def describe(config: Config) -> Rows:
         *((f"{part} text", f"{len(made)} blocks, {int(made.lengths.sum()):,} tokens") for part, made in parts.items()),
         ("workers", f"{config.cluster.workers}, device {config.cluster.device}, ZeRO stage {stage}"),
         ("collection", _collection(config, checkpoint, inference, depth)),
+        *_planning(config, checkpoint, sizes, parts),
         *_retraining(config, source, checkpoint, prefix, sizes, parts.get("train")),
         *_rounds(config),
         ("evaluation", _evaluation(config, checkpoint, inference, model_config, parts["test"])),
@@ -90,6 +94,22 @@ def _collection(config: Config, checkpoint: CheckpointFolder, settings: Settings
         f"{collect.num_batches} batches of {collect.batch_size} x {config.data.block_size} tokens ({tokens:,}), "
         f"{turns} turns a worker, {_bytes(memory)} a worker"
     )
+
+
+def _planning(config: Config, checkpoint: CheckpointFolder, sizes: list[int], parts: dict[str, Blocks]) -> Rows:
+    """What a plan that is judged by its loss takes; nothing for others, which are instant."""
+    plan = config.plan
+    if plan.method == "file" or (plan.keep_layers is None and plan.target_parameters is None):
+        return []
+    budget = Budget(plan, len(sizes), sizes, checkpoint.num_parameters - sum(sizes))
+    remove = budget.least()
+    if plan.method not in JUDGED:
+        return [("plan", f"{plan.method}: {remove} layers go")]
+    passes = f"at most {plan.passes}" if plan.method == "search" else str(greedy_passes(budget.most, remove))
+    tokens = int(parts["validation"].lengths[: plan.judge_blocks].sum())
+    return [
+        ("plan", f"{plan.method}: {remove} layers go, {passes} forward passes over {tokens:,} validation tokens each")
+    ]
 
 
 def _evaluation(

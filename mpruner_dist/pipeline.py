@@ -13,6 +13,7 @@ from mpruner_dist.road import Road
 from mpruner_dist.rounds import prune_in_rounds
 from mpruner_dist.runs.folder import RunFolder, open_run
 from mpruner_dist.steps import STEPS
+from mpruner_dist.steps.compare import compare
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,25 @@ def run(config: Config, run_dir: Path, *, last: str = "report", again: bool = Fa
         if again:
             forget_outdated(road, folder, stages[position:])
     return folder.path
+
+
+def compare_plans(config: Config, run_dir: Path, depths: list[int] | None) -> Path:
+    """Compare all planners at equal depth, on the similarities of a run, which are collected first if need be.
+
+    The run's own plan stays as it is.
+
+    Args:
+        config: of the run.
+        run_dir: where `compare.json` and `figures/plans.svg` go.
+        depths: how many layers to remove; None takes some up to a third.
+
+    Returns:
+        The run folder.
+    """
+    path = run(config, run_dir, last="collect")
+    with open_run(path, config.to_yaml()) as folder, Road(config, folder) as road:
+        compare(road, depths)
+    return path
 
 
 def stages_of(config: Config) -> tuple[str, ...]:

@@ -44,10 +44,10 @@ class PlanConfig(Section):
     """Only plans after which serving engines that know a layer's kind by its number are right; see mpruner verify."""
     seed: int = 0
     """Of method random."""
-    passes: Positive = 64
+    passes: Annotated[int, Field(ge=4)] = 64
     """Of method search: at most so many forward passes of the whole model over the text that plans are judged on."""
     judge_blocks: Positive | None = None
-    """At most so many sequences of the validation part to judge plans on."""
+    """So many sequences of the validation part to judge plans on; None takes all that the run has of it."""
     file: Path | None = None
 
     @model_validator(mode="after")

@@ -69,14 +69,16 @@ def score_text(
     batches = num_batches(len(blocks), batch_size)
     mine, turns = share_of_batches(list(range(batches)), worker.rank, worker.world_size)
     sums = torch.zeros(3, dtype=torch.float64, device=worker.device)
-    _forward(worker, engine, blocks.rows([0]))  # warm-up, outside the time
+    forward(worker, engine, blocks.rows([0]))  # warm-up, outside the time
     worker.barrier()
     begun = time.monotonic()
     for turn in range(turns):
         counted = turn < len(mine)  # else a turn taken only because ZeRO stage 3 needs everyone
         rows = blocks.rows(batch_rows(mine[turn] if counted else 0, batch_size, len(blocks)))
-        score = _forward(worker, engine, rows)
+        logits, inputs = forward(worker, engine, rows)
+        nll, tokens = token_nll(logits, inputs)
         if counted:
+            score = [float(nll), float(tokens), float(token_hits(logits, inputs))]
             sums += torch.tensor(score, dtype=torch.float64, device=worker.device)
         tell(min((turn + 1) * worker.world_size, batches))
     worker.barrier()
@@ -87,10 +89,8 @@ def score_text(
     return TextScore(nll_sum / token_sum, hits / token_sum, int(token_sum), seconds)
 
 
-def _forward(worker: Worker, engine: Any, blocks: Blocks) -> tuple[float, float, float]:
-    """Summed negative log-likelihood of these blocks, tokens, and how many were the likeliest."""
+def forward(worker: Worker, engine: Any, blocks: Blocks) -> tuple[Tensor, dict[str, Any]]:
+    """Logits [B, T, V] of these blocks, on this worker, and the inputs that they follow from."""
     inputs = model_inputs(blocks, worker.device)
     with torch.no_grad():
-        logits = engine(**inputs).logits
-        nll, tokens = token_nll(logits, inputs)
-        return float(nll), float(tokens), float(token_hits(logits, inputs))
+        return engine(**inputs).logits, inputs

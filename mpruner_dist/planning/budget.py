@@ -47,6 +47,27 @@ class Budget:
             return self.depth - len(dropped) <= self.config.keep_layers
         return self.left(dropped) <= (self.config.target_parameters or 0)
 
+    def free(self) -> list[int]:
+        """The layers that may go.
+
+        Raises:
+            UserError: without all of them but one that always stays the model is still too large.
+        """
+        free = [layer for layer in range(self.depth) if layer not in self.protected]
+        least = sorted(free, key=lambda layer: self.sizes[layer] if self.sizes else 0)[len(free) - self.most :]
+        if not self.is_met(least):
+            raise self.missed(least)
+        return free
+
+    def least(self) -> int:
+        """The fewest layers that meet the budget, if the largest went.
+
+        Raises:
+            UserError: none do.
+        """
+        largest = sorted(self.free(), key=lambda layer: -self.sizes[layer] if self.sizes else 0)
+        return next(count for count in range(self.most + 1) if self.is_met(largest[:count]))
+
     def left(self, dropped: list[int]) -> int:
         """Parameters of the model without these layers."""
         return self.other + sum(size for layer, size in enumerate(self.sizes) if layer not in dropped)

@@ -38,11 +38,16 @@ class Losses:
     @property
     def passes(self) -> float:
         """Passes so far."""
-        return sum(self.cost([batch]) for _, batch in self.known)
+        return self._passes(batch for _, batch in self.known)
 
-    def cost(self, batches: Iterable[int]) -> float:
-        """Passes that measuring one plan on these batches takes."""
-        return float(self.tokens_B[list(batches)].sum() / self.tokens_B.sum())
+    def price(self, plans: Iterable[Iterable[int]], batches: Iterable[int]) -> float:
+        """Passes that `measure` of the same would take."""
+        chosen = list(batches)
+        pairs = {(self.kept(dropped), batch) for dropped in plans for batch in chosen}
+        return self._passes(batch for pair in pairs - self.known.keys() for batch in pair[1:])
+
+    def _passes(self, batches: Iterable[int]) -> float:
+        return float(sum(self.tokens_B[batch] for batch in batches) / self.tokens_B.sum())
 
     def kept(self, dropped: Iterable[int]) -> Kept:
         """The layers that a plan keeps."""
@@ -77,6 +82,19 @@ class Losses:
     def mean(self, loss_B: Floats) -> float:
         """Mean over all tokens of the text of the losses of its batches."""
         return float(loss_B @ self.tokens_B / self.tokens_B.sum())
+
+    def require_finite(self, plans: Iterable[list[int]]) -> None:
+        """Refuse plans that break the model.
+
+        Raises:
+            StageFailure: the loss of one is not finite.
+        """
+        for dropped in plans:
+            if not np.isfinite(self.loss(dropped)):
+                raise StageFailure(
+                    f"without layers {sorted(dropped)} the model's loss is not finite: keep more layers, or try "
+                    "model.dtype float32 or bfloat16"
+                )
 
     def summary(self, dropped: Iterable[int]) -> dict[str, Any]:
         """What a plan says of how it was judged."""

@@ -1,6 +1,7 @@
 """From similarities, and for some methods losses, to a plan. No torch, no processes; L layers, S = L + 1 states."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from mpruner_dist.planning.budget import Budget, protected_layers
 from mpruner_dist.planning.greedy import greedy
 from mpruner_dist.planning.losses import Losses
 from mpruner_dist.planning.proposals import Proposal, Similarities, propose, propose_by_threshold
+from mpruner_dist.planning.search import search
 
 Matrix = Sequence[Sequence[float]] | Any
+PROPOSERS = ("influence", "partition", "angular")
+"""Methods whose plans a search looks at beside its own, the most promising first."""
 Pattern = tuple[Sequence[Hashable], Sequence[Hashable]]
 
 
@@ -38,8 +42,8 @@ def make_plan(
         cka: similarity [L, L] of the layers.
         config: method, threshold, budget, protection.
         stderr: standard errors [L, L] of `cka`, told among the reasons; None if unknown.
-        influence: block influence [L]; needed by method influence.
-        angular: angular distance [S, S] of the states around the layers; needed by method angular.
+        influence: block influence [L]; needed by method influence, a help to method search.
+        angular: angular distance [S, S] of the states around the layers; needed by method angular, a help to search.
         losses: of plans on text; needed by the methods greedy and search.
         parameters: of each layer; needed for `target_parameters`.
         other_parameters: of the model outside its layers.
@@ -81,17 +85,35 @@ def make_plan(
     )
 
 
+def judged_plan(losses: Callable[[], Losses], **given: Any) -> dict[str, Any]:
+    """`make_plan` as a task of the workers: content of a plan."""
+    return make_plan(losses=losses(), **given).model_dump()
+
+
 def _within(budget: Budget, measured: Similarities, losses: Losses | None) -> Proposal:
     config = budget.config
     if config.method not in JUDGED:
         return budget.fewest(lambda remove: propose(measured, config, budget.protected, remove))
     if losses is None:
         raise UserError(f"method {config.method} needs the losses of plans, and there is nothing that measures them")
-    free = [layer for layer in range(budget.depth) if layer not in budget.protected][-budget.most :]
-    proposal = greedy(losses, free, budget.is_met)
-    if not budget.is_met(proposal.dropped):
-        raise budget.missed(proposal.dropped)
-    return proposal
+    free = budget.free()
+    if config.method == "greedy":
+        return greedy(losses, free, budget.is_met)
+    return search(losses, free, budget.is_met, config.passes, _proposals(budget, measured))
+
+
+def _proposals(budget: Budget, measured: Similarities) -> list[list[int]]:
+    """What similarities propose for this budget: those methods that can, by what is known."""
+    found = []
+    for method in PROPOSERS:
+        config = budget.config.model_copy(update={"method": method})
+        try:
+            measured.require(config)
+            proposal = budget.fewest(partial(propose, measured, config, budget.protected))
+        except UserError:
+            continue  # not measured here, or it cannot remove so many
+        found.append(proposal.dropped)
+    return found
 
 
 def _nearest(kept: list[int], pattern: Pattern, protected: set[int]) -> list[int]:

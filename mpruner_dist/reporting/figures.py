@@ -109,6 +109,22 @@ def losses_figure(training: Curve, validation: Curve) -> str:
     return svg(figure)
 
 
+def curves_figure(curves: dict[str, Curve], bold: tuple[str, ...], below: str, beside: str) -> str:
+    """Some curves by name on a logarithmic axis; those in `bold` stand out and the others are grey."""
+    figure, axes = wide_figure(3.8)
+    for name, curve in curves.items():
+        if not curve:
+            continue
+        style = {"linewidth": 1.5, "zorder": 3} if name in bold else {"linewidth": 0.8, "color": GREY, "alpha": 0.5}
+        axes.plot(*zip(*curve, strict=True), "o-", markersize=3, label=name if name in bold else None, **style)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel(below, fontsize=9)
+    axes.set_ylabel(beside, fontsize=9)
+    axes.legend(frameon=False, fontsize=8)
+    return svg(figure)
+
+
 def _colour_range(distance_LL: Floats) -> tuple[float, float]:
     """Smallest and largest 1 - CKA that get a colour of their own: few outliers do not take it from all others."""
     pairs = distance_LL[~np.eye(len(distance_LL), dtype=bool)]
