@@ -132,6 +132,8 @@ def test_a_damaged_model_is_named(
         ("retrain", {"batch_size": 5}, r"retrain.batch_size 5 must be a multiple of .* = 2"),
         ("retrain", {"warmup_steps": 6}, "warmup_steps 6 must be less than steps 6"),
         ("retrain", {"deepspeed": "nowhere.json"}, "cannot read the DeepSpeed configuration nowhere.json"),
+        ("retrain", {"distillation": {"top_k": 129}}, "top_k 129 is more than the 128 words of the vocabulary"),
+        ("retrain", {"distillation": {"teacher": "./nowhere"}}, "'./nowhere': there is no such folder"),
         ("cluster", {"zero_stage": 2}, "Input should be 'auto', 0 or 3, got 2"),
         ("cluster", {"workers": 0}, "greater than or equal to 1, got 0"),
     ],

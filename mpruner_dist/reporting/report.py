@@ -34,6 +34,7 @@ from mpruner_dist.reporting.table import (
     parameters_text,
     perplexity_text,
 )
+from mpruner_dist.reporting.training import training
 from mpruner_dist.runs.commit import write_bytes, write_text
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ def _facts(run: Path, config: Config, stages: dict[str, dict[str, Any]]) -> Fact
         json.loads((run / name).read_text()) for name in ("cka.json", "evaluation.json", "data/data.json")
     )
     plan = read_plan(run / "plan.json", len(similarity["layers"]))
+    retrain = json.loads((run / "retrain.json").read_text()) if "retrained" in evaluation else None
     repeated = _repeated(data)
     text = "test" if repeated else "held-out"
     return {
@@ -87,7 +89,7 @@ def _facts(run: Path, config: Config, stages: dict[str, dict[str, Any]]) -> Fact
         "evaluation": evaluation,
         "data": data,
         "plan": plan,
-        "retrain": json.loads((run / "retrain.json").read_text()) if "retrained" in evaluation else None,
+        "retrain": retrain,
         "rounds": _rounds(run, config),
         "summary": summary(evaluation, text),
         "text": text,
@@ -101,7 +103,7 @@ def _facts(run: Path, config: Config, stages: dict[str, dict[str, Any]]) -> Fact
         "domination": domination(similarity),
         "layer_table": (LAYER_HEADINGS, layer_rows(similarity)),
         "window_table": (WINDOW_HEADINGS, window_rows(similarity)),
-        "training": _training(config, data),
+        "training": training(config, data, retrain and retrain.get("weights")),
         "repeated": repeated,
         "durations": [(name, duration_text(s["seconds"])) for name, s in stages.items() if s["state"] == "done"],
         "versions": _versions(),
@@ -188,30 +190,6 @@ def _choice(plan: PlanConfig) -> list[str]:
         ends = f"{plan.protect_first} at the start and {plan.protect_last} at the end of the network"
         how.append(f"Layers never removed, whatever their similarity: {ends}.")
     return how
-
-
-def _training(config: Config, data: dict[str, Any]) -> list[str]:
-    """How the pruned model was retrained, one line a fact; nothing if it was not."""
-    retrain = config.retrain
-    if retrain is None:
-        return []
-    lines = [
-        f"{retrain.steps} steps of {retrain.batch_size} sequences of {'' if config.data.pack else 'at most '}"
-        f"{config.data.block_size} tokens: {retrain.steps * retrain.batch_size:,} sequences from a train part of "
-        f"{data['parts']['train']['blocks']:,}",
-        f"learning rate {retrain.learning_rate:g}, {retrain.warmup_steps} warm-up steps, down to "
-        f"{retrain.min_lr_ratio:g} of it at the end; weight decay {retrain.weight_decay:g}, gradient norm at most "
-        f"{retrain.max_grad_norm:g}; weights in {config.model.dtype}; DeepSpeed ZeRO stage {retrain.zero_stage}",
-    ]
-    if retrain.deepspeed is not None:
-        lines.append(f"settings in {retrain.deepspeed.name} go before these")
-    if retrain.distillation is not None:
-        lines.append(
-            f"distillation from the original model: weight {retrain.distillation.weight:g}, temperature "
-            f"{retrain.distillation.temperature:g}; the training loss holds both terms, the validation loss only "
-            "that of the language model"
-        )
-    return lines
 
 
 def _reasons(plan: Plan, known_spread: bool) -> list[tuple[str, str, str, str]]:

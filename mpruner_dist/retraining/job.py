@@ -60,7 +60,7 @@ def retrain_job(worker: Worker, spec: dict[str, Any]) -> None:
     exported = export_weights(weights, pruned, partial, gathered, worker.is_first)
     worker.barrier()
     if worker.is_first:
-        _require_change(exported, retrain)
+        require_change(exported, retrain)
         read_checkpoint(partial)
         write_json(trainer.work / EXPORTED, asdict(exported))
         commit_folder(partial, target)
@@ -117,7 +117,7 @@ class Trainer:
             self.engine.backward(loss * (len(micro_batches) * worker.world_size / tokens))
             self.engine.step()
         losses = worker.sum_over_workers(losses).cpu()
-        self._check(step, losses.flatten().isfinite().tolist(), order.rows(step))
+        self.check(step, losses.flatten().isfinite().tolist(), order.rows(step))
         return losses.sum().item() / tokens
 
     def _loss(self, rows: list[int], inputs: dict[str, Any]) -> torch.Tensor:
@@ -131,7 +131,7 @@ class Trainer:
                 logits = self.engine(**inputs).logits
         return mixed_loss(logits, states, answer, inputs, self.config.distillation)
 
-    def _check(self, step: int, finite: list[bool], rows: list[int]) -> None:
+    def check(self, step: int, finite: list[bool], rows: list[int]) -> None:
         """Stop where going on would train nothing.
 
         Args:
@@ -165,7 +165,7 @@ class Trainer:
         self.worker.log(f"step {step}: validation loss {score.nll:.4f}")
 
 
-def _require_change(exported: Exported, config: RetrainConfig) -> None:
+def require_change(exported: Exported, config: RetrainConfig) -> None:
     """Training that moved no weight has failed, whatever its losses say."""
     if not exported.changed_tensors:
         raise StageFailure(
