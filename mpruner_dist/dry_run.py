@@ -142,7 +142,7 @@ def _retraining(
             f"{retrain.steps} steps of {retrain.batch_size} x {config.data.block_size} tokens ({epochs:.1f} epochs), "
             f"{settings['gradient_accumulation_steps']} micro-batches of {retrain.micro_batch_size} a worker, "
             f"ZeRO stage {zero_stage(settings)}, at most {trained / 1e6:.2f} M parameters trained, at most "
-            f"{_training_memory(config, settings, checkpoint.num_parameters, trained)} a worker",
+            f"{_training_memory(config, settings, checkpoint.num_parameters, trained)}",
         )
     ]
 
@@ -184,12 +184,12 @@ def _training_memory(config: Config, settings: Settings, parameters: int, traine
         weights *= 2
     gradients = trained * width / (workers if stage >= 2 else 1)
     optimizer = trained * (12 if width < 4 else 8) / workers
-    told = _bytes(weights + gradients + optimizer)
+    away: dict[str, float] = {}
     for name, size in (("offload_optimizer", optimizer), ("offload_param", weights)):
         device = (zero.get(name) or {}).get("device", "none")
-        if device != "none":
-            told += f", {_bytes(size)} of it on {device}"
-    return told
+        away[device] = away.get(device, 0) + size
+    told = [f"{_bytes(size)} on {device}" for device, size in away.items() if device != "none"]
+    return f"{_bytes(weights + gradients + optimizer)} a worker" + (f", {', '.join(told)} of it" if told else "")
 
 
 def _width(config: Config) -> int:

@@ -251,6 +251,25 @@ def test_every_deepspeed_configuration_is_completed(
     assert f"ZeRO stage {json.loads(path.read_text())['zero_optimization']['stage']}" in output
 
 
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({}, "at most 0.08 M parameters trained, at most 1.6 MB a worker"),
+        ({"trainable": "neighbours"}, "at most 0.04 M parameters trained"),  # two gaps, four layers
+        ({"lora": {"rank": 1}}, "at most 0.00 M parameters trained"),
+        ({"distillation": {"top_k": 3, "cache": True}}, "at most 1.3 MB a worker"),
+        ({"deepspeed": str(ROOT / "configs/deepspeed/zero3_offload.json")}, "1.3 MB on cpu"),
+    ],
+)
+def test_the_dry_run_counts_what_is_trained(
+    command: Cli, tmp_path: Path, settings: dict[str, Any], values: dict[str, Any], told: str
+) -> None:
+    settings["retrain"] |= values
+    code, output = dry_run(command, tmp_path, settings)
+    assert code == 0, output
+    assert told in " ".join(output.split()), output
+
+
 def commands_in_the_readme() -> list[str]:
     lines = (ROOT / "README.md").read_text().splitlines()
     return [line.split("#")[0].strip() for line in lines if line.startswith("    ")]

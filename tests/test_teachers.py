@@ -105,6 +105,7 @@ def test_tensorboard_has_the_losses_by_step_after_a_restart_too(tmp_path: Path) 
         recorded.begin(begin, ("tensorboard",))
         for step in range(begin + 1, 5):
             recorded.record({"step": step, "loss": loss})
+        recorded.end()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1), (2, 1), (3, 5), (4, 5)]
@@ -124,7 +125,8 @@ def test_weights_and_biases_has_them_offline_under_the_run_folder(
     assert wandb.run is not None
     assert (wandb.run.project, wandb.run.name, wandb.run.id) == ("mpruner-dist", "my run", "abc")
     assert wandb.run.summary["loss"] == 2.5
-    wandb.finish()
+    recorded.end()
+    assert wandb.run is None
     assert list((work / "wandb").glob("offline-run-*/*.wandb"))
 
 

@@ -102,6 +102,7 @@ class Trainer:
             if done % config.save_every == 0 or done == config.steps:
                 save_checkpoint(self.worker, self.engine, self.work, done)
                 self.saved = done
+        self.metrics.end()
 
     def _step(self, step: int, train: Blocks, order: DataOrder) -> float:
         """One optimizer step; its loss a token, over all workers."""

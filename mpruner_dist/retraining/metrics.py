@@ -11,7 +11,8 @@ from mpruner_dist.runs.commit import write_text
 
 PROJECT = "mpruner-dist"
 Entry = dict[str, Any]
-Logger = Callable[[Entry], None]
+Logger = tuple[Callable[[Entry], None], Callable[[], None]]
+"""What takes an entry, and what ends the record."""
 
 
 def require_loggers(names: tuple[str, ...]) -> None:
@@ -52,8 +53,13 @@ class Metrics:
         if self.is_writer:
             with self.path.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
-        for log in self._loggers:
+        for log, _ in self._loggers:
             log(entry)
+
+    def end(self) -> None:
+        """Wait until everything is written, or sent."""
+        for _, close in self._loggers:
+            close()
 
 
 def _tensorboard(work: Path, step: int) -> Logger:
@@ -67,7 +73,7 @@ def _tensorboard(work: Path, step: int) -> Logger:
                 writer.add_scalar(name, value, entry["step"])
         writer.flush()
 
-    return log
+    return log, writer.close
 
 
 def _wandb(work: Path, step: int) -> Logger:
@@ -76,7 +82,7 @@ def _wandb(work: Path, step: int) -> Logger:
     # the folder's name is a digest of what is trained: a resumed run goes on in the same record
     run = wandb.init(project=PROJECT, name=_run_name(work), id=work.name, resume="allow", dir=str(work))
     run.define_metric("*", step_metric="step")  # steps that are done again may be logged again
-    return run.log  # type: ignore[no-any-return]
+    return run.log, run.finish
 
 
 def _run_name(work: Path) -> str:
