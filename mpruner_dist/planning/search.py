@@ -118,7 +118,7 @@ class Search:
         for layer, row in zip(layers, rise, strict=True):
             before_B = self.cost_B[layer]
             seen = np.isfinite(row) & np.isfinite(before_B[batches])
-            after_B = before_B + ((row - before_B[batches])[seen].mean() if seen.any() else 0.0)
+            after_B = before_B + ((row[seen] - before_B[batches][seen]).mean() if seen.any() else 0.0)
             measured = [batch for batch in self.fresh[layer] if batch not in batches]
             after_B[measured] = before_B[measured]
             after_B[batches] = row
