@@ -113,7 +113,8 @@ class Search:
         if not layers or not self._affordable([*gone, *there], batches):
             return False
         self.losses.measure([*gone, *there], batches)  # all at once, so that they can be measured side by side
-        rise = self.losses.measure(gone, batches) - self.losses.measure(there, batches)
+        with np.errstate(invalid="ignore"):
+            rise = self.losses.measure(gone, batches) - self.losses.measure(there, batches)
         rise[np.isnan(rise)] = np.inf  # of two broken plans
         for layer, row in zip(layers, rise, strict=True):
             before_B = self.cost_B[layer]
