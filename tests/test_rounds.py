@@ -1,5 +1,6 @@
 """Rounds: what they decide, where they begin and why they end; and a whole loop on a small model."""
 
+import html
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_model, make_tokenizer, write_config
+from test_reporting import edit, make_run
 
 from mpruner_dist import rounds
 from mpruner_dist.config import Config
 from mpruner_dist.errors import UserError
 from mpruner_dist.evaluation.tasks import read_value
 from mpruner_dist.plan import Plan, read_plan
+from mpruner_dist.reporting.report import write_report
 from mpruner_dist.reporting.rounds import round_rows, rounds_figure, rounds_summary
 from mpruner_dist.reporting.status import status_of_rounds
 from mpruner_dist.rewriting.proof import verify_checkpoint
@@ -315,3 +318,22 @@ def write_task(folder: Path) -> None:
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: question\ndoc_to_choice: choices\n"
         "doc_to_target: answer\nmetric_list:\n- {metric: acc, aggregation: mean, higher_is_better: true}\n"
     )
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_the_report_of_rounds(loop: Any, tmp_path: Path, accepted: bool) -> None:
+    made = loop(tolerance=0.06 if accepted else 0.001)
+    record = made.run()
+    run = make_run(tmp_path / "report", retrain=accepted)
+    (run / "rounds.json").write_text(json.dumps(record))
+    if not accepted:
+        edit(run / "evaluation.json", lambda evaluation: evaluation.pop("pruned"))
+        edit(run / "plan.json", lambda plan: plan.update(kept=list(range(6)), reasons={}))
+    write_report(run, made.config, {})
+    page = html.unescape((run / "report.html").read_text())
+    assert "<h2>Rounds</h2>" in page
+    assert f"The rounds ended: {record['stopped']}." in page
+    assert ("Nothing was removed." in page) == (not accepted)
+    assert ("the original is kept as it is" in page) == (not accepted)
+    if accepted:
+        assert "| 1 | original | 1 | 2, 4, 6, 8, 10 | 7 |" in (run / "retrained/README.md").read_text()

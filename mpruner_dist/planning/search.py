@@ -17,6 +17,9 @@ from mpruner_dist.planning.clusters import Floats
 from mpruner_dist.planning.losses import Losses
 from mpruner_dist.planning.proposals import Proposal
 
+PROMISED = 1.5
+"""Passes that each layer still to go is promised while those before it are looked at."""
+
 
 def search(
     losses: Losses,
@@ -40,7 +43,7 @@ def search(
     found = Search(losses, free, passes)
     found.first_look()
     while not is_met(found.dropped):
-        found.remove_cheapest()
+        found.remove_cheapest(is_met)
     found.take_best_of(proposals)
     found.swap(is_met)
     losses.require_finite([found.dropped])
@@ -78,8 +81,11 @@ class Search:
             self.look_at(layers, batches)
             layers = sorted(layers, key=self.cost)[: -(-len(layers) // 2)]
 
-    def remove_cheapest(self) -> None:
+    def remove_cheapest(self, is_met: Callable[[list[int]], bool]) -> None:
         """Remove the layer of least cost, and look at its neighbours: their costs change most."""
+        order = [*self.dropped, *sorted(self._there(), key=self.cost)]
+        to_go = next(count for count in range(len(order) + 1) if is_met(order[:count])) - len(self.dropped)
+        self.reserve = 1.0 + PROMISED * (to_go - 1)
         layer = self.cheapest()
         self._change([*self.dropped, layer])
         left = [other for other in range(self.losses.depth) if other not in self.dropped]
@@ -89,15 +95,13 @@ class Search:
     def cheapest(self) -> int:
         """The layer of least cost among those that are there, looked at again until that no longer changes."""
         while True:
-            layer = min((layer for layer in self.free if layer not in self.dropped), key=self.cost)
-            if not self.fresh[layer].issuperset(self.quarter):
-                looked = self.look_at([layer], self.quarter)
-            elif np.isnan(self.cost_B[layer]).any():
-                looked = self.look_at([layer], self.whole)
-            else:
-                looked = False
-            if not looked:
-                return layer
+            order = sorted(self._there(), key=self.cost)
+            for contenders, batches in ((4, self.quarter), (2, self.whole)):
+                stale = [layer for layer in order[:contenders] if not self.fresh[layer].issuperset(batches)]
+                if stale:
+                    break
+            if not stale or not self.look_at(stale, batches):
+                return order[0]
 
     def look_at(self, layers: list[int], batches: list[int]) -> bool:
         """Measure the cost of layers on some batches, if the passes suffice; say whether they did.
@@ -109,12 +113,13 @@ class Search:
         if not layers or not self._affordable([*gone, *there], batches):
             return False
         self.losses.measure([*gone, *there], batches)  # all at once, so that they can be measured side by side
-        rise = self.losses.measure(gone, batches) - self.losses.measure(there, batches)
+        with np.errstate(invalid="ignore"):
+            rise = self.losses.measure(gone, batches) - self.losses.measure(there, batches)
         rise[np.isnan(rise)] = np.inf  # of two broken plans
         for layer, row in zip(layers, rise, strict=True):
             before_B = self.cost_B[layer]
             seen = np.isfinite(row) & np.isfinite(before_B[batches])
-            after_B = before_B + ((row - before_B[batches])[seen].mean() if seen.any() else 0.0)
+            after_B = before_B + ((row[seen] - before_B[batches][seen]).mean() if seen.any() else 0.0)
             measured = [batch for batch in self.fresh[layer] if batch not in batches]
             after_B[measured] = before_B[measured]
             after_B[batches] = row
@@ -133,10 +138,10 @@ class Search:
     def swap(self, is_met: Callable[[list[int]], bool]) -> None:
         """Give a layer back and remove another, the most promising two first, while passes are left."""
         tried: set[tuple[int, ...]] = set()
-        while True:
+        while self._there():
             self.look_at([layer for layer in self.dropped if not self.fresh[layer]], self.quarter)
             self.cheapest()
-            pairs = [(back, layer) for back in self.dropped for layer in self.free if layer not in self.dropped]
+            pairs = [(back, layer) for back in self.dropped for layer in self._there()]
             pairs.sort(key=lambda pair: self.cost(pair[1]) - self.cost(pair[0]))
             plans = ([*(one for one in self.dropped if one != back), layer] for back, layer in pairs)
             plan = next((plan for plan in plans if tuple(sorted(plan)) not in tried and is_met(plan)), None)
@@ -145,6 +150,9 @@ class Search:
             tried.add(tuple(sorted(plan)))
             if self.losses.loss(plan) < self.losses.loss(self.dropped):
                 self._change(plan)
+
+    def _there(self) -> list[int]:
+        return [layer for layer in self.free if layer not in self.dropped]
 
     def _change(self, dropped: list[int]) -> None:
         self.dropped = dropped
