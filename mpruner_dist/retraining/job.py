@@ -18,7 +18,13 @@ from mpruner_dist.data.blocks import Blocks, load_blocks
 from mpruner_dist.errors import StageFailure
 from mpruner_dist.models.engines import inference_engine, load_for
 from mpruner_dist.models.scoring import model_inputs, score_text, token_nll
-from mpruner_dist.retraining.checkpoints import load_checkpoint, save_checkpoint
+from mpruner_dist.retraining.checkpoints import (
+    Found,
+    find_checkpoint,
+    load_checkpoint,
+    loading_settings,
+    save_checkpoint,
+)
 from mpruner_dist.retraining.losses import mixed_loss
 from mpruner_dist.retraining.settings import DataOrder, training_settings
 from mpruner_dist.runs.commit import commit_folder, write_json, write_text
@@ -31,12 +37,16 @@ def retrain_job(worker: Worker, spec: dict[str, Any]) -> None:
     sharded checkpoints), target (Path), deepspeed (dict).
 
     Raises:
+        UserError: a checkpoint of another run.
         StageFailure: a loss or a weight that is not finite, a full disk.
+        Preempted: a signal came; a checkpoint is saved.
     """
     config: Config = spec["config"]
     retrain = _section(config)
     start_deepspeed(worker.device)
     settings = training_settings(spec["deepspeed"], retrain, config.model.dtype, worker.world_size)
+    found = find_checkpoint(worker, Path(spec["work"]), settings)
+    settings = loading_settings(found, settings)
     pruned = read_checkpoint(Path(spec["pruned"]))
     model = load_for(settings, pruned.path, config.model, worker.log)
     model.train()
@@ -47,7 +57,7 @@ def retrain_job(worker: Worker, spec: dict[str, Any]) -> None:
         teacher_settings = inference_settings({}, 3 if zero_stage(settings) == 3 else 0, config.model.dtype)
         teacher = inference_engine(teacher_settings, Path(spec["teacher"]), config.model, worker.log)
     trainer = Trainer(worker, engine, teacher, retrain, Path(spec["work"]))
-    trainer.run(load_blocks(spec["train"]), load_blocks(spec["validation"]), config.evaluate.batch_size)
+    trainer.run(load_blocks(spec["train"]), load_blocks(spec["validation"]), config.evaluate.batch_size, found)
     target = Path(spec["target"])
     partial = target.with_name(f".{target.name}.partial")
     export_weights(parameters, pruned, partial, gathered, worker.is_first)
@@ -66,14 +76,14 @@ class Trainer:
         self.work = work
         self.metrics_path = work / "metrics.jsonl"
 
-    def run(self, train: Blocks, validation: Blocks, eval_batch_size: int) -> None:
+    def run(self, train: Blocks, validation: Blocks, eval_batch_size: int, found: Found | None) -> None:
         """Do the steps that are left."""
         config = self.config
         order = DataOrder(len(train), config.batch_size, config.seed)
-        first = load_checkpoint(self.worker, self.engine, self.work)
+        first = load_checkpoint(self.worker, self.engine, self.work, found)
         self._forget_metrics_after(first)
-        if first == 0:
-            self._validate(0, validation, eval_batch_size)
+        if self._looks_after(first):  # saved before it was looked at
+            self._validate(first, validation, eval_batch_size)
         self.worker.begin_progress("retrain", "steps", config.steps, first)
         for step in range(first, config.steps):
             begun = time.monotonic()
@@ -82,10 +92,17 @@ class Trainer:
             seconds = time.monotonic() - begun
             self._record({"step": done, "loss": loss, "lr": self.engine.get_lr()[0], "seconds": seconds})
             self.worker.tell(done, f"loss {loss:.3f}")
-            if done % config.eval_every == 0 or done == config.steps:
+            stops = self.worker.must_stop()
+            if done % config.save_every == 0 or done == config.steps or stops:
+                save_checkpoint(self.worker, self.engine, self.work, done, config.keep_checkpoints)
+            if stops:
+                self.worker.stop(f"step {done} of {config.steps} is saved")
+            if self._looks_after(done):
                 self._validate(done, validation, eval_batch_size)
-            if done % config.save_every == 0 or done == config.steps:
-                save_checkpoint(self.worker, self.engine, self.work, done)
+
+    def _looks_after(self, step: int) -> bool:
+        """Whether the validation loss is measured after so many steps."""
+        return step % self.config.eval_every == 0 or step == self.config.steps
 
     def _step(self, step: int, train: Blocks, order: DataOrder) -> float:
         """One optimizer step; its loss a token, over all workers."""
@@ -124,12 +141,13 @@ class Trainer:
                 file.write(json.dumps(entry) + "\n")
 
     def _forget_metrics_after(self, step: int) -> None:
-        """Drop what an attempt logged after its last sharded checkpoint: those steps are done again."""
+        """Drop what an attempt logged after its last sharded checkpoint was saved: that is done again."""
         if not self.worker.is_first:
             return
         self.work.mkdir(parents=True, exist_ok=True)
         lines = self.metrics_path.read_text().splitlines() if self.metrics_path.exists() else []
-        kept = [line for line in lines if step and line.endswith("}") and json.loads(line)["step"] <= step]
+        entries = [(line, json.loads(line)) for line in lines if line.endswith("}")]
+        kept = [line for line, entry in entries if entry["step"] < step or (entry["step"] == step and "loss" in entry)]
         write_text(self.metrics_path, "".join(f"{line}\n" for line in kept))
 
 
