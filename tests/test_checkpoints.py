@@ -192,7 +192,6 @@ SETTINGS: dict[str, Any] = {
     "train_batch_size": 6,
     "train_micro_batch_size_per_gpu": 1,
     "gradient_clipping": 1.0,
-    "zero_force_ds_cpu_optimizer": False,
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
     "scheduler": {
         "type": "WarmupCosineLR",
@@ -201,9 +200,9 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def settings_for(stage: int, kind: str) -> dict[str, Any]:
-    offload = {"offload_optimizer": {"device": "cpu"}} if kind == "offload" else {}
-    return SETTINGS | {"zero_optimization": {"stage": stage} | offload}
+def settings_for(stage: int) -> dict[str, Any]:
+    # ZeRO stage 3 cuts a group into parts of this size: two in a model so small
+    return SETTINGS | {"zero_optimization": {"stage": stage, "sub_group_size": 50_000}}
 
 
 def train(run: Path, stage: int, saves_after: int | None = None) -> None:
@@ -213,7 +212,7 @@ def train(run: Path, stage: int, saves_after: int | None = None) -> None:
     ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     worker = Worker(rank, ranks, rank, ranks, "cpu", run.parent, "test")
     kind = run.name.split("-")[0]
-    settings = settings_for(stage, kind)
+    settings = settings_for(stage)
     found = find_checkpoint(worker, run, settings)
     network = transformers.AutoModelForCausalLM.from_pretrained(run.parent.parent / "model", dtype=torch.float32)
     if kind == "frozen":
@@ -245,7 +244,7 @@ def train(run: Path, stage: int, saves_after: int | None = None) -> None:
         (run / f"losses-from-{first}.json").write_text(json.dumps(told))
 
 
-BEGUN = ["plain-1", "plain-2", "plain-3", "groups-3", "frozen-1", "offload-3"]
+BEGUN = ["plain-1", "plain-2", "plain-3", "groups-3", "frozen-1"]
 
 
 def begin(root: Path) -> None:
@@ -262,14 +261,14 @@ def go_on(root: Path, runs: list[tuple[str, int]]) -> None:
 
 
 TRANSITIONS = {
-    1: [("plain-1", 1), ("plain-2", 3), ("plain-3", 1), ("groups-3", 3), ("offload-3", 3)],
-    3: [("plain-1", 2), ("plain-3", 3), ("groups-3", 2), ("frozen-1", 3), ("plain-2", 1)],
+    1: [("plain-1", 1), ("plain-2", 3), ("plain-3", 1), ("groups-3", 3)],
+    3: [("plain-1", 2), ("plain-3", 3), ("groups-3", 2), ("frozen-1", 3)],
 }
 
 
 @pytest.mark.ray
 def test_training_goes_on_from_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """With as many ranks exactly as if nothing had happened, with other ranks and other ZeRO stages but for rounding."""
+    """With as many ranks exactly as if nothing had happened; with others, or another ZeRO stage, but for rounding."""
     caplog.set_level(logging.INFO)
     logging.getLogger("mpruner_dist").propagate = True
     make_model("llama", tmp_path / "model", intermediate_size=57, tie_word_embeddings=True)  # 57 does not divide evenly
@@ -284,7 +283,7 @@ def test_training_goes_on_from_it(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         root = tmp_path / f"ranks{ranks}"
         for name, stage in runs:
             shutil.copytree(tmp_path / "begun" / name, root / name)
-            prepare_resume(root / name, settings_for(stage, name.split("-")[0]), ranks)
+            prepare_resume(root / name, settings_for(stage), ranks)
             assert names(root / name) == ["losses-from-0.json", "step-000003", "universal-step-000003"]
         on_ranks(ranks, go_on, root, runs)
         for name, stage in runs:

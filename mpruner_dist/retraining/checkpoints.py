@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mpruner_dist.cluster.settings import Settings, zero_stage
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.errors import UserError
@@ -165,13 +167,25 @@ def load_checkpoint(worker: Worker, engine: Any, folder: Path, found: Found | No
         )
     own = [dict(group) for group in engine.optimizer.param_groups]
     engine.load_checkpoint(str(folder), tag=found.tag)
-    if found.universal and len(own) > 1:
-        # under ZeRO stage 3 DeepSpeed gives all groups what the first one had
+    if found.universal:
+        _mend_optimizer(engine, own)
+    worker.log(f"resumes from {folder / found.tag}")
+    return found.step
+
+
+def _mend_optimizer(engine: Any, own: list[dict[str, Any]]) -> None:
+    """Undo what ZeRO stage 3 of DeepSpeed 0.19.8 does to an optimizer when it loads a universal checkpoint.
+
+    All groups get the settings of the first one, and all parts one tensor in common that counts steps: each would count
+    it up. `own` are the groups as they were before; their rates come from the scheduler.
+    """
+    for state in engine.optimizer.optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
+    if len(own) > 1:
         rates = engine.lr_scheduler.get_lr()
         for group, before, rate in zip(engine.optimizer.param_groups, own, rates, strict=True):
             group.update({key: value for key, value in before.items() if key != "params"} | {"lr": rate})
-    worker.log(f"resumes from {folder / found.tag}")
-    return found.step
 
 
 def universal_tag(step: int) -> str:
