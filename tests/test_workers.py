@@ -14,7 +14,7 @@ import pytest
 import ray
 import torch
 
-from mpruner_dist.cluster.preemption import install, stop_on_signals
+from mpruner_dist.cluster.preemption import stop_on_signals
 from mpruner_dist.cluster.session import RaySession
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import ClusterConfig
@@ -129,8 +129,6 @@ def told(session: RaySession, folder: Path, whom: str, *signals: int, deaf: bool
     sender.start()
     spec = {"folder": str(folder), "is_deaf": deaf, "dies": dies}
     with pytest.raises(Preempted) as error, stop_on_signals():
-        session.connect()  # sets Ray's handler aside
-        install()
         session.run_workers(work_until_told, spec, "test", folder)
     sender.join()
     assert sorted((folder / "attempts").read_text().split()) == ["0", "1"], "started again"
@@ -189,7 +187,7 @@ def test_tasks_stop_between_two(session: RaySession, tmp_path: Path) -> None:
     session.connect()
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
     many = [str(tmp_path / f"task{number}") for number in range(200)]
-    with pytest.raises(Preempted, match="^stopped by SIGTERM; what is finished is kept"), stop_on_signals():
+    with pytest.raises(Preempted, match=r"^stopped by SIGTERM; what is finished is kept"), stop_on_signals():
         session.run_tasks(sleep_and_count, many, tmp_path / "progress.json")
     assert 0 < len(list(tmp_path.glob("task*"))) < 200
     ray.shutdown()  # as the end of a command does: those that wait are not done
@@ -215,8 +213,7 @@ def test_more_than_the_cluster_has_is_said_before_anything_starts(session: RaySe
 
 def test_an_address_where_no_cluster_is(tmp_path: Path) -> None:
     script = (
-        "from mpruner_dist.cluster.preemption import install, stop_on_signals
-from mpruner_dist.cluster.session import RaySession\nfrom mpruner_dist.config import ClusterConfig\n"
+        "from mpruner_dist.cluster.session import RaySession\nfrom mpruner_dist.config import ClusterConfig\n"
         "from mpruner_dist.errors import StageFailure\n"
         "try:\n    RaySession(ClusterConfig(address='127.0.0.1:1')).connect()\n"
         "except StageFailure as error:\n    print(error)\n"
