@@ -227,8 +227,10 @@ def status(run_dir: Annotated[Path, typer.Argument(help="A run folder.")]) -> No
 
 def _walk(settings: Config, config: Path, run_dir: Path | None, last: str, again: bool = False) -> None:
     from mpruner_dist import pipeline
+    from mpruner_dist.cluster.preemption import stop_on_signals
 
-    folder = pipeline.run(settings, run_dir or Path("runs") / config.stem, last=last, again=again)
+    with stop_on_signals():
+        folder = pipeline.run(settings, run_dir or Path("runs") / config.stem, last=last, again=again)
     if last in ("evaluate", "report"):
         from mpruner_dist.reporting.table import print_evaluation
 

@@ -20,3 +20,9 @@ class StageFailure(MPrunerError):
     """A stage could not finish although its input is right: a full disk, a lost worker, a failed proof."""
 
     exit_code = 1
+
+
+class Preempted(MPrunerError):
+    """Told to stop, by SIGTERM or SIGUSR2, with the work saved: the same command goes on."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: batch systems put such a job back into their queue

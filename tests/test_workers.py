@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ import pytest
 import ray
 import torch
 
+from mpruner_dist.cluster.preemption import stop_on_signals
 from mpruner_dist.cluster.session import RaySession
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import ClusterConfig
-from mpruner_dist.errors import StageFailure, UserError
+from mpruner_dist.errors import Preempted, StageFailure, UserError
 
 pytestmark = pytest.mark.ray
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import this file
@@ -93,6 +96,101 @@ def test_a_failure_is_one_message_with_rank_and_host(
     with pytest.raises(error, match=message):
         session.run_workers(fail, {"kind": kind}, "test", tmp_path)
     assert "Traceback" in (tmp_path / "logs" / "test-rank1.log").read_text()
+
+
+def work_until_told(worker: Worker, spec: dict[str, Any]) -> None:
+    folder = Path(spec["folder"])
+    with (folder / "attempts").open("a") as file:
+        file.write(f"{worker.rank}\n")
+    step = 0
+    while spec["is_deaf"] or not worker.must_stop():
+        step += 1
+        time.sleep(0.01)
+        (folder / f"pid{worker.rank}").write_text(str(os.getpid()))
+    if spec["dies"] and worker.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    (folder / f"saved{worker.rank}").write_text(str(step))
+    worker.stop(f"step {step} is saved")
+
+
+def told(session: RaySession, folder: Path, whom: str, *signals: int, deaf: bool = False, dies: bool = False) -> str:
+    """The message with which the work ends after these signals to a rank or to this process, the driver."""
+    (folder / "logs").mkdir()
+
+    def send() -> None:
+        for rank in range(2):
+            while not (folder / f"pid{rank}").exists() or not (folder / f"pid{rank}").read_text():
+                time.sleep(0.01)
+        for number in signals:
+            os.kill(os.getpid() if whom == "driver" else int((folder / f"pid{whom}").read_text()), number)
+            time.sleep(0.5)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    spec = {"folder": str(folder), "is_deaf": deaf, "dies": dies}
+    with pytest.raises(Preempted) as error, stop_on_signals():
+        session.run_workers(work_until_told, spec, "test", folder)
+    sender.join()
+    assert sorted((folder / "attempts").read_text().split()) == ["0", "1"], "started again"
+    return str(error.value)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(session: RaySession, tmp_path: Path, number: int) -> None:
+    message = told(session, tmp_path, "1", number)
+    step = int((tmp_path / "saved0").read_text())
+    assert (tmp_path / "saved1").read_text() == str(step)
+    got = f"rank 1 on {os.uname().nodename} got {signal.Signals(number).name}"
+    assert message == f"test: {got}; step {step} is saved; the same command goes on"
+    processes = [int((tmp_path / f"pid{rank}").read_text()) for rank in range(2)]
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{process}").exists() for process in processes):
+        assert time.monotonic() < deadline, "Ray could not end its workers"
+        time.sleep(0.05)
+
+
+def test_a_signal_to_the_driver_stops_its_workers(session: RaySession, tmp_path: Path) -> None:
+    message = told(session, tmp_path, "driver", signal.SIGTERM)
+    step = int((tmp_path / "saved0").read_text())
+    assert message == f"test: mpruner got SIGTERM; step {step} is saved; the same command goes on"
+
+
+def test_a_worker_killed_after_a_signal_is_not_started_again(session: RaySession, tmp_path: Path) -> None:
+    message = told(session, tmp_path, "1", signal.SIGUSR2, dies=True)
+    assert "rank 1" in message
+    assert "got SIGUSR2" in message
+
+
+def test_a_second_signal_to_the_driver_stops_at_once(session: RaySession, tmp_path: Path) -> None:
+    message = told(session, tmp_path, "driver", signal.SIGUSR2, signal.SIGUSR2, deaf=True)
+    assert message == "stopped by SIGUSR2; what was saved is kept, and the same command goes on"
+    ray.shutdown()  # as the end of a command does
+    pids = [int((tmp_path / f"pid{rank}").read_text()) for rank in range(2)]
+    assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
+
+
+def test_handlers_are_given_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)]
+    with pytest.raises(Preempted, match=r"^stopped by SIGTERM; what was saved is kept"), stop_on_signals():
+        signal.raise_signal(signal.SIGTERM)  # no workers: at once
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)] == before
+    with pytest.raises(KeyboardInterrupt), stop_on_signals():
+        signal.raise_signal(signal.SIGINT)
+
+
+def sleep_and_count(path: str) -> None:
+    Path(path).touch()
+    time.sleep(0.3)
+
+
+def test_tasks_stop_between_two(session: RaySession, tmp_path: Path) -> None:
+    session.connect()
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    many = [str(tmp_path / f"task{number}") for number in range(200)]
+    with pytest.raises(Preempted, match=r"^stopped by SIGTERM; what is finished is kept"), stop_on_signals():
+        session.run_tasks(sleep_and_count, many, tmp_path / "progress.json")
+    assert 0 < len(list(tmp_path.glob("task*"))) < 200
+    ray.shutdown()  # as the end of a command does: those that wait are not done
 
 
 def double(number: int) -> int:

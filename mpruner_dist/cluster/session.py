@@ -16,9 +16,10 @@ import ray
 from ray.train import ControllerError, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from mpruner_dist.cluster.worker import Job, Worker, said, worker_note
+from mpruner_dist.cluster import preemption
+from mpruner_dist.cluster.worker import Job, Worker, said, stop_request, worker_note
 from mpruner_dist.config import ClusterConfig
-from mpruner_dist.errors import MPrunerError, StageFailure
+from mpruner_dist.errors import MPrunerError, Preempted, StageFailure
 from mpruner_dist.logs import ProgressWriter, show_progress
 
 log = logging.getLogger(__name__)
@@ -62,14 +63,20 @@ class RaySession:
         except (OSError, ValueError, RuntimeError) as error:
             where = f"the cluster at {address}" if address else "this machine"
             raise StageFailure(f"Ray does not start on {where}: {error}") from error
+        preemption.install()  # Ray has set a handler of its own for SIGTERM
 
     def run_workers(self, job: Job, spec: dict[str, Any], stage: str, run_path: Path) -> None:
         """Run `job(worker, spec)` on every worker; start all again when one was killed, so jobs must resume.
 
         Raises:
             MPrunerError: what a worker raised, with its rank and host; or a worker killed too often.
+            Preempted: a worker, or this process, was told to stop by a signal.
         """
         self.connect()
+        with preemption.asking_first(stop_request(run_path / "logs", stage)):
+            self._run_workers(job, spec, stage, run_path)
+
+    def _run_workers(self, job: Job, spec: dict[str, Any], stage: str, run_path: Path) -> None:
         device = self._device()
         logs = run_path / "logs"
         settings = {"job": job, "spec": spec, "device": device, "logs": str(logs), "stage": stage}
@@ -110,7 +117,7 @@ class RaySession:
         remote = ray.remote(num_cpus=1)(function)
         label = function.__name__.replace("_", " ")
         try:
-            with show_progress(progress):
+            with preemption.asking_first(None), show_progress(progress):
                 writer = ProgressWriter(progress, label, "done", len(items))
                 references = [remote.remote(item) for item in items]
                 waiting = references
@@ -118,6 +125,7 @@ class RaySession:
                     done, waiting = ray.wait(waiting)
                     ray.get(done)  # raises what the task raised
                     writer.tell(len(items) - len(waiting))
+                    preemption.stop_if_told()
                 return list(ray.get(references))
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
@@ -142,6 +150,7 @@ class RaySession:
 
     def _explain(self, error: TrainingFailedError, stage: str, logs: Path) -> str:
         """Say which worker was killed; raise what a worker raised itself, for that would only happen again."""
+        _raise_if_preempted(stage, _read_notes(logs, stage, range(self.config.workers)))
         if not isinstance(error, WorkerGroupError):
             # Ray Train lost a worker before it had heard from all of them, and does not say which.
             begun = _read_notes(logs, stage, range(self.config.workers))
@@ -187,6 +196,17 @@ def _read_notes(logs: Path, stage: str, ranks: Iterable[int]) -> dict[int, dict[
     """What workers left word of; nothing of those that did not begin."""
     paths = {rank: worker_note(logs, stage, rank) for rank in ranks}
     return {rank: json.loads(path.read_text()) if path.exists() else {} for rank, path in paths.items()}
+
+
+def _raise_if_preempted(stage: str, notes: dict[int, dict[str, Any]]) -> None:
+    """Workers that were told to stop are not started again, not even if one was killed before it could save."""
+    who = [f"rank {rank} on {note['host']} got {note['got']}" for rank, note in notes.items() if "got" in note]
+    if preemption.told():
+        who.insert(0, f"mpruner got {preemption.told()}")
+    saved = [note["stopped"] for note in notes.values() if "stopped" in note]
+    if saved or who:
+        what = saved[0] if saved else "a worker was killed before all was saved"
+        raise Preempted(f"{stage}: {' and '.join(who)}; {what}; the same command goes on")
 
 
 def _at(note: dict[str, Any]) -> str:

@@ -8,11 +8,13 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed
 
+from mpruner_dist.cluster.preemption import SignalWatch
+from mpruner_dist.errors import Preempted
 from mpruner_dist.logs import ProgressWriter
 
 Job = Callable[["Worker", dict[str, Any]], None]
@@ -30,6 +32,7 @@ class Worker:
         self.device = torch.device(device_kind, local_rank) if device_kind == "cuda" else torch.device("cpu")
         self._progress: ProgressWriter | None = None
         self._facts: dict[str, Any] = {"host": self.host}
+        self._signals = SignalWatch()
 
     @property
     def is_first(self) -> bool:
@@ -48,6 +51,33 @@ class Worker:
         if self.world_size > 1:
             torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
         return [int(number) for number in least]
+
+    def from_first(self, *numbers: int) -> list[int]:
+        """What the first worker says; all call it, and what the others say is not heard."""
+        unheard = [torch.iinfo(torch.int64).max] * len(numbers)
+        return self.least_over_workers(*(numbers if self.is_first else unheard))
+
+    def must_stop(self) -> bool:
+        """Whether a signal told one of the workers, or the process that drives them, to stop: all hear the same.
+
+        All must call it equally often, between two steps. It costs an all-reduce of one number.
+        """
+        name = self._signals.received()
+        if name and "got" not in self._facts:
+            self.log(f"got {name}")
+            self._note(got=name)
+        asked = self.is_first and stop_request(self.logs, self.stage).exists()
+        return self.least_over_workers(-int(bool(name) or asked)) == [-1]
+
+    def stop(self, saved: str) -> NoReturn:
+        """End the job on all workers together, after `must_stop`, each having saved what it has.
+
+        Raises:
+            Preempted: always; it tells what was saved.
+        """
+        self._note(stopped=saved)
+        self.barrier()  # Ray ends all workers once one has raised: everyone has saved and left word
+        raise Preempted(saved)
 
     def barrier(self) -> None:
         """Wait until every worker is here."""
@@ -88,7 +118,8 @@ class Worker:
         self.log(f"{job.__module__}.{job.__name__} on {self.device}, {torch.get_num_threads()} threads")
         self._note()
         try:
-            job(self, spec)
+            with self._signals:
+                job(self, spec)
         except BaseException as error:
             traceback.print_exc()
             self._note(raised=type(error).__name__, when=time.time())
@@ -107,6 +138,11 @@ class Worker:
 def said(logs: Path, stage: str) -> Path:
     """Where the first worker of a stage leaves what the driver shall print."""
     return logs / f".{stage}-said.txt"
+
+
+def stop_request(logs: Path, stage: str) -> Path:
+    """The file by which the driver asks the workers of a stage to stop; the first worker looks for it."""
+    return logs / f".{stage}-stop"
 
 
 def worker_note(logs: Path, stage: str, rank: int) -> Path:

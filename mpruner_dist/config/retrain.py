@@ -77,6 +77,8 @@ class RetrainConfig(Section):
     """A DeepSpeed JSON file; what it leaves out or calls "auto" is filled in from this section."""
     save_every: Positive = 50
     """Steps between two sharded checkpoints."""
+    keep_checkpoints: Positive = 2
+    """The newest so many stay: if the last one is torn, the one before is used."""
     eval_every: Positive = 50
     """Steps between two looks at the validation loss."""
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()

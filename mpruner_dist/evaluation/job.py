@@ -23,7 +23,16 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
 
     spec: config (Config), models (dict of label -> Path), original (Path), blocks (Path), results (Path), deepspeed
     (dict).
+
+    Raises:
+        Preempted: a signal came; the results of the models before are saved.
     """
+
+    def tell(done: int) -> None:
+        worker.tell(done)
+        if worker.must_stop():
+            worker.stop("the results of the models before are saved")
+
     config: Config = spec["config"]
     results = Path(spec["results"])
     todo = {label: Path(path) for label, path in spec["models"].items() if not (results / f"{label}.json").exists()}
@@ -35,7 +44,7 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
     for label, folder in todo.items():
         engine = inference_engine(settings, folder, config.model, worker.log)
         worker.begin_progress(f"evaluate {label}", "batches", num_batches(len(blocks), config.evaluate.batch_size))
-        score = score_text(worker, engine, blocks, config.evaluate.batch_size, worker.tell)
+        score = score_text(worker, engine, blocks, config.evaluate.batch_size, tell)
         of_task: dict[str, Any] = {}
         if config.rounds is not None and config.rounds.task is not None:
             worker.log(f"task {config.rounds.task.name}")

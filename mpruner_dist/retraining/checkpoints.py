@@ -1,63 +1,226 @@
-"""Sharded checkpoints of a training engine: complete, or not there."""
+"""Sharded checkpoints of a training engine: complete and unharmed, or not used.
+
+step-NNNNNN/            what DeepSpeed wrote, and mpruner.json: who saved it, and every file with size and digest
+step-NNNNNN.torn/       one whose files are not as they were saved; goes once a newer one is complete
+universal-step-NNNNNN/  the same step for another number of workers or ZeRO stage (`resume.py`)
+saving/                 being written; removed by whoever comes next
+"""
 
 import json
 import re
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from mpruner_dist.cluster.settings import Settings, zero_stage
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.errors import UserError
 from mpruner_dist.runs.commit import commit_folder, disk_errors, write_json
+from mpruner_dist.runs.digest import digest, spot_digest
 
 FACTS = "mpruner.json"
+Facts = dict[str, Any]
 
 
-def save_checkpoint(worker: Worker, engine: Any, folder: Path, step: int) -> None:
-    """Save what every worker holds as `step-NNNNNN`; older ones go only after it is complete."""
-    tag = f"step-{step:06d}"
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to go on from: the steps that are done, and whether to load its universal form."""
+
+    step: int
+    universal: bool
+
+    @property
+    def tag(self) -> str:
+        """Its folder's name."""
+        return universal_tag(self.step) if self.universal else _tag(self.step)
+
+
+def save_checkpoint(worker: Worker, engine: Any, folder: Path, step: int, keep: int) -> None:
+    """Save what every worker holds as `step-NNNNNN`; all but the newest `keep` go once it is complete."""
     saving = folder / "saving"
     with disk_errors(folder):
-        engine.save_checkpoint(str(saving), tag=tag, save_latest=False, exclude_frozen_parameters=False)
+        engine.save_checkpoint(str(saving), tag=_tag(step), save_latest=False, exclude_frozen_parameters=False)
     worker.barrier()
     if worker.is_first:
-        write_json(saving / tag / FACTS, {"step": step, "workers": worker.world_size, "zero_stage": _stage(engine)})
-        commit_folder(saving / tag, folder / tag)
+        facts = {
+            "step": step,
+            "run": folder.name,
+            "workers": worker.world_size,
+            "zero_stage": int(engine.zero_optimization_stage()),
+            "architecture": _architecture(engine),
+        }
+        write_facts(saving / _tag(step), facts)
+        commit_folder(saving / _tag(step), folder / _tag(step))
         shutil.rmtree(saving)  # DeepSpeed leaves a script of its own there
-        for older in _complete(folder):
-            if older < step:
-                shutil.rmtree(folder / f"step-{older:06d}")
+        _rotate(folder, step, keep)
     worker.barrier()
 
 
-def load_checkpoint(worker: Worker, engine: Any, folder: Path) -> int:
-    """Go on from the newest complete checkpoint; the step to do next, 0 without any.
+def write_facts(checkpoint: Path, facts: Facts) -> None:
+    """Describe a checkpoint that is written but not yet in its place, file by file."""
+    files = {
+        str(path.relative_to(checkpoint)): [path.stat().st_size, spot_digest(path)]
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file()
+    }
+    write_json(checkpoint / FACTS, facts | {"files": files})
+
+
+def newest_whole(folder: Path, say: Callable[[str], None]) -> Facts | None:
+    """Facts of the newest checkpoint whose files are as they were saved; None without any. One process calls it.
+
+    What a killed process left half-written is removed, torn checkpoints are put aside; `say` hears of them.
 
     Raises:
-        UserError: it was saved by another number of workers or another ZeRO stage.
+        UserError: a checkpoint of another run lies in the folder.
     """
-    steps = _complete(folder)
-    worker.barrier()
-    if not steps:
+    for left in (folder / "saving", *folder.glob(".*step-*.old")):
+        shutil.rmtree(left, ignore_errors=True)
+    torn = False
+    for step in _steps(folder):
+        checkpoint = folder / _tag(step)
+        facts, harm = read_facts(checkpoint)
+        if harm is None and facts["run"] != folder.name:
+            raise UserError(f"{checkpoint} was saved by another run, {facts['run']}: move it out of {folder}")
+        if harm is None:
+            return facts
+        torn = True
+        aside = checkpoint.with_name(f"{checkpoint.name}.torn")
+        commit_folder(checkpoint, aside)
+        say(f"the checkpoint {checkpoint} is torn, {harm}: it now is {aside.name}, and the one before is used")
+    if torn:
+        say(f"no whole checkpoint is left in {folder}: retraining begins anew")
+    return None
+
+
+def read_facts(checkpoint: Path) -> tuple[Facts, str | None]:
+    """What a checkpoint says of itself, and what is wrong with its files; cut or missing files are always noticed."""
+    try:
+        facts: Facts = dict(json.loads((checkpoint / FACTS).read_text()))
+        for name in ("step", "run", "workers", "zero_stage", "architecture"):
+            facts[name]
+        for name, (size, spots) in facts["files"].items():
+            path = checkpoint / name
+            if not path.is_file():
+                return {}, f"{name} is missing"
+            if path.stat().st_size != size:
+                return {}, f"{name} has {path.stat().st_size} bytes of {size}"
+            if spot_digest(path) != spots:
+                return {}, f"{name} has other content than was saved"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return {}, f"{FACTS} cannot be read ({type(error).__name__}: {error})"
+    return facts, None
+
+
+def find_checkpoint(worker: Worker, folder: Path, settings: Settings) -> Found | None:
+    """The checkpoint that all workers go on from, chosen by the first of them.
+
+    Raises:
+        UserError: it lies there neither for this number of workers and this ZeRO stage nor in its universal form.
+    """
+    step, universal = -1, 0
+    if worker.is_first:
+        facts = newest_whole(folder, worker.say)
+        if facts is not None:
+            step = facts["step"]
+            universal = int(not fits(facts, worker.world_size, zero_stage(settings)))
+    step, universal = worker.from_first(step, universal)
+    if step < 0:
+        return None
+    found = Found(step, bool(universal))
+    if not (folder / found.tag).is_dir():
+        raise UserError(
+            f"{folder / _tag(step)} was saved by another number of workers or ZeRO stage, and {found.tag}, its "
+            "universal form, is not there: give the same command again, which makes it"
+        )
+    return found
+
+
+def fits(facts: Facts, workers: int, stage: int) -> bool:
+    """Whether a checkpoint can be loaded as it is."""
+    return bool(facts["workers"] == workers and facts["zero_stage"] == stage)
+
+
+def loading_settings(found: Found | None, settings: Settings) -> Settings:
+    """The DeepSpeed configuration of an engine that shall load this checkpoint."""
+    universal = found is not None and found.universal
+    return settings | {"checkpoint": settings.get("checkpoint", {}) | {"load_universal": universal}}
+
+
+def load_checkpoint(worker: Worker, engine: Any, folder: Path, found: Found | None) -> int:
+    """Load what `find_checkpoint` found; the step to do next.
+
+    Raises:
+        UserError: it is of a model with other parameters.
+    """
+    if found is None:
         return 0
-    tag = f"step-{steps[-1]:06d}"
-    facts = json.loads((folder / tag / FACTS).read_text())
-    now = {"workers": worker.world_size, "zero_stage": _stage(engine)}
-    for name, value in now.items():
-        if facts[name] != value:
-            raise UserError(
-                f"{folder / tag} was saved with {name} {facts[name]}, this run has {value}: use the same again, or "
-                f"delete {folder} to retrain from the start"
-            )
-    engine.load_checkpoint(str(folder), tag=tag)
-    worker.log(f"resumes from {folder / tag}")
-    return int(facts["step"])
+    facts = json.loads((folder / found.tag / FACTS).read_text())
+    if facts["architecture"] != _architecture(engine):
+        raise UserError(
+            f"{folder / found.tag} holds a model whose parameters have other names or shapes than the pruned one: "
+            "it is of another run; move it away"
+        )
+    own = [dict(group) for group in engine.optimizer.param_groups]
+    engine.load_checkpoint(str(folder), tag=found.tag)
+    if found.universal:
+        _mend_optimizer(engine, own)
+    worker.log(f"resumes from {folder / found.tag}")
+    return found.step
 
 
-def _stage(engine: Any) -> int:
-    return int(engine.zero_optimization_stage())
+def _mend_optimizer(engine: Any, own: list[dict[str, Any]]) -> None:
+    """Undo what ZeRO stage 3 of DeepSpeed 0.19.8 does to an optimizer when it loads a universal checkpoint.
+
+    All groups get the settings of the first one, and all parts one tensor in common that counts steps: each would count
+    it up. `own` are the groups as they were before; their rates come from the scheduler.
+    """
+    for state in engine.optimizer.optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
+    if len(own) > 1:
+        rates = engine.lr_scheduler.get_lr()
+        for group, before, rate in zip(engine.optimizer.param_groups, own, rates, strict=True):
+            group.update({key: value for key, value in before.items() if key != "params"} | {"lr": rate})
 
 
-def _complete(folder: Path) -> list[int]:
-    matches = (re.fullmatch(r"step-(\d+)", path.name) for path in folder.glob("step-*") if (path / FACTS).is_file())
-    return sorted(int(match[1]) for match in matches if match)
+def universal_tag(step: int) -> str:
+    """Name of the folder of a checkpoint's universal form."""
+    return f"universal-{_tag(step)}"
+
+
+def _architecture(engine: Any) -> str:
+    """Digest of the names and whole shapes of all parameters, and of which are trained."""
+    return digest([
+        [name, list(getattr(parameter, "ds_shape", parameter.shape)), parameter.requires_grad]
+        for name, parameter in engine.module.named_parameters()
+    ])  # fmt: skip
+
+
+def _rotate(folder: Path, step: int, keep: int) -> None:
+    """Remove what is older than the newest `keep` checkpoints up to `step`, which is complete, and what was torn."""
+    kept = [older for older in _steps(folder) if older <= step][:keep]
+    for path in folder.glob("*step-*"):
+        number = _step_of(path)
+        if number is None or (number <= step and number not in kept):
+            shutil.rmtree(path)
+
+
+def _tag(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _step_of(path: Path) -> int | None:
+    match = re.fullmatch(r"(?:universal-)?step-(\d+)", path.name)
+    return int(match[1]) if match else None
+
+
+def _steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints that stand in their place, newest first."""
+    return sorted(
+        (int(path.name.removeprefix("step-")) for path in folder.glob("step-*") if path.suffix == ""), reverse=True
+    )

@@ -18,7 +18,13 @@ from mpruner_dist.errors import StageFailure
 from mpruner_dist.models.engines import load_for
 from mpruner_dist.models.scoring import model_inputs, score_text
 from mpruner_dist.models.stacks import only_blocks
-from mpruner_dist.retraining.checkpoints import load_checkpoint, save_checkpoint
+from mpruner_dist.retraining.checkpoints import (
+    Found,
+    find_checkpoint,
+    load_checkpoint,
+    loading_settings,
+    save_checkpoint,
+)
 from mpruner_dist.retraining.hidden import HiddenStates
 from mpruner_dist.retraining.losses import mixed_loss
 from mpruner_dist.retraining.metrics import Metrics
@@ -41,7 +47,9 @@ def retrain_job(worker: Worker, spec: dict[str, Any]) -> None:
     deepspeed (dict).
 
     Raises:
+        UserError: a checkpoint of another run.
         StageFailure: a loss or a weight that is not finite, a frozen weight that moved, a full disk.
+        Preempted: a signal came; a checkpoint is saved.
     """
     config: Config = spec["config"]
     retrain = _section(config)
@@ -49,12 +57,14 @@ def retrain_job(worker: Worker, spec: dict[str, Any]) -> None:
     pruned = read_checkpoint(Path(spec["pruned"]))
     width = hidden_size(pruned.config)
     settings = training_settings(spec["deepspeed"], retrain, config.model.dtype, worker.world_size, width)
+    found = find_checkpoint(worker, Path(spec["work"]), settings)
+    settings = loading_settings(found, settings)
     teacher = make_teacher(worker, settings, config, spec)
     model = load_for(settings, pruned.path, config.model, worker.log)
     weights = prepare_model(model, pruned, retrain, spec["layers"])
     engine = make_engine(model, settings, trainable(model))
     trainer = Trainer(worker, engine, teacher, retrain, Path(spec["work"]))
-    trainer.run(load_blocks(spec["train"]), load_blocks(spec["validation"]), config.evaluate.batch_size)
+    trainer.run(load_blocks(spec["train"]), load_blocks(spec["validation"]), config.evaluate.batch_size, found)
     target = Path(spec["target"])
     partial = target.with_name(f".{target.name}.partial")
     exported = export_weights(weights, pruned, partial, gathered, worker.is_first)
@@ -81,14 +91,14 @@ class Trainer:
         self.skipped = 0  # steps one after another in which float16 overflowed
         self.saved = 0
 
-    def run(self, train: Blocks, validation: Blocks, eval_batch_size: int) -> None:
+    def run(self, train: Blocks, validation: Blocks, eval_batch_size: int, found: Found | None) -> None:
         """Do the steps that are left."""
         config = self.config
         order = DataOrder(len(train), config.batch_size, config.seed)
-        first = self.saved = load_checkpoint(self.worker, self.engine, self.work)
+        first = self.saved = load_checkpoint(self.worker, self.engine, self.work, found)
         self.metrics.begin(first, config.log_to)
-        if first == 0:
-            self._validate(0, validation, eval_batch_size)
+        if self._looks_after(first):  # saved before it was looked at
+            self._validate(first, validation, eval_batch_size)
         self.worker.begin_progress("retrain", "steps", config.steps, first)
         for step in range(first, config.steps):
             begun = time.monotonic()
@@ -97,12 +107,19 @@ class Trainer:
             seconds = time.monotonic() - begun
             self.metrics.record({"step": done, "loss": loss, "lr": self.engine.get_lr()[0], "seconds": seconds})
             self.worker.tell(done, f"loss {loss:.3f}")
-            if done % config.eval_every == 0 or done == config.steps:
-                self._validate(done, validation, eval_batch_size)
-            if done % config.save_every == 0 or done == config.steps:
-                save_checkpoint(self.worker, self.engine, self.work, done)
+            stops = self.worker.must_stop()
+            if done % config.save_every == 0 or done == config.steps or stops:
+                save_checkpoint(self.worker, self.engine, self.work, done, config.keep_checkpoints)
                 self.saved = done
+            if stops:
+                self.worker.stop(f"step {done} of {config.steps} is saved")
+            if self._looks_after(done):
+                self._validate(done, validation, eval_batch_size)
         self.metrics.end()
+
+    def _looks_after(self, step: int) -> bool:
+        """Whether the validation loss is measured after so many steps."""
+        return step % self.config.eval_every == 0 or step == self.config.steps
 
     def _step(self, step: int, train: Blocks, order: DataOrder) -> float:
         """One optimizer step; its loss a token, over all workers."""

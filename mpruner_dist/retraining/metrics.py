@@ -37,12 +37,13 @@ class Metrics:
         self._loggers: list[Logger] = []
 
     def begin(self, step: int, log_to: tuple[str, ...]) -> None:
-        """Go on after this step: what an attempt recorded after its last sharded checkpoint is done again."""
+        """Go on after this step: what an attempt recorded after it saved its last sharded checkpoint is done again."""
         if not self.is_writer:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if step and line.endswith("}") and json.loads(line)["step"] <= step]
+        entries = [(line, json.loads(line)) for line in lines if line.endswith("}")]
+        kept = [line for line, entry in entries if entry["step"] < step or (entry["step"] == step and "loss" in entry)]
         write_text(self.path, "".join(f"{line}\n" for line in kept))
         require_loggers(log_to)
         made = {"tensorboard": _tensorboard, "wandb": _wandb}

@@ -34,6 +34,7 @@ def collect_job(worker: Worker, spec: dict[str, Any]) -> None:
     Raises:
         UserError: samples that this model does not have.
         StageFailure: the sums that were all-reduced are not those on disk.
+        Preempted: a signal came, and the sums are saved.
     """
     config: Config = spec["config"]
     if config.collect.unit in ("image", "patch"):
@@ -85,6 +86,9 @@ class Collection:
             if len(self.fresh) >= self.config.collect.save_every:
                 self._save()
             worker.tell(min(end - len(todo) + (turn + self.at_once) * worker.world_size, end))
+            if worker.must_stop():
+                self._save()
+                worker.stop("the sums of all batches that were done are saved")
         self._save()
         self.end = end
         worker.barrier()  # everyone has saved

@@ -1,8 +1,10 @@
 """The stage `retrain`: the pruned checkpoint to the retrained one, on the workers."""
 
+from typing import Any
+
 from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.checkpoints.source import resolve_source
-from mpruner_dist.cluster.settings import read_deepspeed_config
+from mpruner_dist.cluster.settings import Settings, read_deepspeed_config
 from mpruner_dist.errors import UserError
 from mpruner_dist.retraining.freezing import beside_gaps
 from mpruner_dist.retraining.metrics import require_loggers
@@ -10,12 +12,29 @@ from mpruner_dist.retraining.settings import hidden_size, training_settings
 from mpruner_dist.road import Road, Step
 from mpruner_dist.runs.folder import Inputs
 
+SHAPE = {
+    "save_every", "keep_checkpoints", "zero_stage", "micro_batch_size", "activation_checkpointing", "log_to",
+    "deepspeed",
+}  # fmt: skip
+"""Of the section `retrain`, what says how the work is cut up and saved, not what comes out of it."""
+DEEPSPEED_SHAPE = {
+    # sizes: that of the global batch is in the section `retrain`, and must agree
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+    # where tensors lie, and how they are moved and saved
+    "zero_optimization", "activation_checkpointing", "aio", "checkpoint",
+    # what is measured and printed
+    "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler", "comms_logger",
+    "tensorboard", "wandb", "comet", "csv_monitor",
+}  # fmt: skip
+"""The same of a DeepSpeed configuration: work goes on when these change, with losses equal but for rounding."""
+
 
 def retrain(road: Road) -> Step:
     """The pruned checkpoint to the retrained one, on the workers."""
     section, dtype = road.config.retrain, road.config.model.dtype
     if section is None:
         raise UserError("there is no retrain section in the configuration")
+    given = read_deepspeed_config(section.deepspeed)
     plan, distillation = road.plan(), section.distillation
     teacher = None
     if distillation is not None:
@@ -27,17 +46,17 @@ def retrain(road: Road) -> Step:
         "dtype": dtype,
         "train": road.text("train"),
         "validation": road.text("validation"),
-        # what changes no result
-        "retrain": section.model_dump(exclude={"save_every", "deepspeed", "log_to", "activation_checkpointing"}),
-        "deepspeed": read_deepspeed_config(section.deepspeed),
+        "retrain": section.model_dump(exclude=SHAPE),
+        "deepspeed": _result_of(given),
     }
 
     def make() -> None:
         from mpruner_dist.retraining.job import retrain_job, write_summary
         from mpruner_dist.retraining.matching import require_fitting_teacher
+        from mpruner_dist.retraining.resume import prepare_resume
 
-        given = inputs["deepspeed"]
-        training_settings(given, section, dtype, road.config.cluster.workers, hidden_size(road.checkpoint.config))
+        workers = road.config.cluster.workers
+        settings = training_settings(given, section, dtype, workers, hidden_size(road.checkpoint.config))
         require_loggers(section.log_to)
         layers = beside_gaps(plan.kept, plan.num_layers) if section.trainable == "neighbours" else None
         words = None
@@ -51,6 +70,7 @@ def retrain(road: Road) -> Step:
                     "order": [section.steps, section.batch_size, section.seed],
                 })  # fmt: skip
         work = road.work("retrain", inputs)
+        prepare_resume(work, settings, workers)
         road.on_workers(
             "retrain", retrain_job, given=given, pruned=road.folder / "pruned", layers=layers, teacher=teacher,
             teacher_layers=[road.layer_of_original(layer) for layer in plan.kept], words=words,
@@ -60,3 +80,11 @@ def retrain(road: Road) -> Step:
         write_summary(work, road.folder / "retrain.json")
 
     return inputs, ("retrained", "retrain.json"), make
+
+
+def _result_of(given: Settings) -> dict[str, Any]:
+    """What of a DeepSpeed configuration says what comes out: not the shape, but gradients that are rounded coarsely."""
+    zero = given.get("zero_optimization")
+    rounded = {key: value for key, value in zero.items() if "quantized" in key} if isinstance(zero, dict) else {}
+    result = {key: value for key, value in given.items() if key not in DEEPSPEED_SHAPE}
+    return result | ({"zero_optimization": rounded} if rounded else {})
