@@ -101,4 +101,6 @@ def write_likely_words(
                 torch.cat([answer.log_probs_BTK1.cpu() for answer in answers]),
             ))  # fmt: skip
         worker.tell(min(words.chunks - len(missing) + (turn + 1) * worker.world_size, words.chunks))
+        if worker.must_stop():
+            worker.stop("what the teacher said so far is saved")
     worker.barrier()  # everyone has written
