@@ -1,13 +1,13 @@
 """A plan by loss within a stated number of forward passes. L layers, B batches of text; no torch, no processes.
 
-What removing a layer costs hardly depends on which others are gone, unless they are its neighbours. So the cost of each
-layer is measured once, and then only looked at again where that may change the choice: the neighbours of a layer that
-went, and the few of lowest cost (lazy greedy, Minoux 1978). A quarter of the text tells most of it, for the change of a
-cost varies much less from text to text than the cost itself (a control variate). The first look spends the text where it
-matters: a quarter of it for all layers, half for the better half of them, all for the better quarter (successive halving,
-Karnin et al. 2013). Similarities propose whole plans beside that one, and the best by loss goes on. Passes that are left
-go into swaps, as in sequential floating search (Pudil et al. 1994): a layer comes back and another goes, if that lowers
-the loss of the whole text.
+What removing a layer costs hardly depends on which others are gone, unless they are its neighbours. So the cost of
+each layer is measured once, and then only looked at again where that may change the choice: the neighbours of a layer
+that went, and the few of lowest cost (lazy greedy, Minoux 1978). A quarter of the text tells most of it, for the
+change of a cost varies much less from text to text than the cost itself (a control variate). The first look spends
+the text where it matters: a quarter of it for all layers, half for the better half of them, all for the better
+quarter (successive halving, Karnin et al. 2013). Similarities propose whole plans beside that one, and the best by
+loss goes on. Passes that are left go into swaps, as in sequential floating search (Pudil et al. 1994): a layer comes
+back and another goes, if that lowers the loss of the whole text.
 """
 
 from collections.abc import Callable, Iterable, Sequence
