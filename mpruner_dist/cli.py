@@ -76,12 +76,36 @@ def collect(config: ConfigFile, run_dir: RunDir = None, override: Set = None) ->
 
 
 @app.command()
-def plan(config: ConfigFile, run_dir: RunDir = None, override: Set = None) -> None:
-    """Decide which layers go, from similarities that are saved: instant.
+def plan(
+    config: ConfigFile,
+    run_dir: RunDir = None,
+    override: Set = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Compare all planners at equal depth; the run's plan stays as it is.")
+    ] = False,
+    depths: Annotated[
+        str | None, typer.Option(help="With --compare: how many layers to remove, such as 2,4,6.")
+    ] = None,
+) -> None:
+    """Decide which layers go, from similarities that are saved: instant, but for methods greedy and search.
 
-    A new plan makes the pruned and the retrained model outdated; the next `mpruner run` makes them again.
+    Those measure the loss of plans on validation text, on the workers. A new plan makes the pruned and the retrained
+    model outdated; the next `mpruner run` makes them again.
     """
-    _walk(load_config(config, override or []), config, run_dir, "plan", again=True)
+    settings = load_config(config, override or [])
+    if depths is not None and not compare:
+        raise UserError("--depths goes with --compare; a plan's own depth is plan.keep_layers")
+    if not compare:
+        _walk(settings, config, run_dir, "plan", again=True)
+        return
+    from mpruner_dist import pipeline
+    from mpruner_dist.plan import parse_layers
+    from mpruner_dist.reporting.comparison import print_comparison
+
+    wanted = None if depths is None else parse_layers(depths)
+    folder = pipeline.compare_plans(settings, run_dir or Path("runs") / config.stem, wanted)
+    print_comparison(folder / "compare.json")
+    typer.echo(str(folder / "figures/plans.svg"))
 
 
 @app.command()
@@ -191,12 +215,14 @@ def verify(
 def status(run_dir: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Say what is done in a run folder, what is next, and how long each stage took."""
     from mpruner_dist.pipeline import stages_of
-    from mpruner_dist.reporting.status import status_rows
+    from mpruner_dist.reporting.status import status_of_rounds, status_rows
 
     config_file = run_dir / "config.yaml"
     if not config_file.is_file():
         raise UserError(f"{run_dir} is no run folder: it holds no config.yaml")
-    _print_rows(str(run_dir), status_rows(run_dir, stages_of(load_config(config_file, []))))
+    settings = load_config(config_file, [])
+    rows = status_rows(run_dir, stages_of(settings)) if settings.rounds is None else status_of_rounds(run_dir)
+    _print_rows(str(run_dir), rows)
 
 
 def _walk(settings: Config, config: Path, run_dir: Path | None, last: str, again: bool = False) -> None:
@@ -209,6 +235,10 @@ def _walk(settings: Config, config: Path, run_dir: Path | None, last: str, again
         from mpruner_dist.reporting.table import print_evaluation
 
         print_evaluation(folder / "evaluation.json")
+        if settings.rounds is not None:
+            from mpruner_dist.reporting.rounds import print_rounds
+
+            print_rounds(folder / "rounds.json")
     artefact = {
         "collect": "cka.json",
         "plan": "plan.json",

@@ -12,6 +12,7 @@ from mpruner_dist.checkpoints.naming import layer_parameters
 from mpruner_dist.checkpoints.source import resolve_source
 from mpruner_dist.cluster.settings import Settings, inference_settings, read_deepspeed_config, zero_stage
 from mpruner_dist.config import Config
+from mpruner_dist.config.plan import JUDGED
 from mpruner_dist.data.blocks import Blocks
 from mpruner_dist.data.prepare import load_tokenizer, make_part
 from mpruner_dist.logs import show_progress
@@ -19,7 +20,11 @@ from mpruner_dist.models.blocks import num_layers
 from mpruner_dist.models.loading import quiet_transformers, read_config
 from mpruner_dist.models.naming import block_prefix
 from mpruner_dist.plan import read_plan
-from mpruner_dist.retraining.settings import training_settings
+from mpruner_dist.planning.budget import Budget
+from mpruner_dist.planning.greedy import greedy_passes
+from mpruner_dist.retraining.matching import require_fitting_teacher
+from mpruner_dist.retraining.metrics import require_loggers
+from mpruner_dist.retraining.settings import hidden_size, training_settings
 
 Rows = list[tuple[str, str]]
 
@@ -64,7 +69,9 @@ def describe(config: Config) -> Rows:
         *((f"{part} text", f"{len(made)} blocks, {int(made.lengths.sum()):,} tokens") for part, made in parts.items()),
         ("workers", f"{config.cluster.workers}, device {config.cluster.device}, ZeRO stage {stage}"),
         ("collection", _collection(config, checkpoint, inference, depth)),
-        *_retraining(config, checkpoint, parts),
+        *_planning(config, checkpoint, sizes, parts),
+        *_retraining(config, source, checkpoint, prefix, sizes, parts.get("train")),
+        *_rounds(config),
         ("evaluation", _evaluation(config, checkpoint, inference, model_config, parts["test"])),
     ]  # fmt: skip
 
@@ -89,6 +96,22 @@ def _collection(config: Config, checkpoint: CheckpointFolder, settings: Settings
     )
 
 
+def _planning(config: Config, checkpoint: CheckpointFolder, sizes: list[int], parts: dict[str, Blocks]) -> Rows:
+    """What a plan that is judged by its loss takes; nothing for others, which are instant."""
+    plan = config.plan
+    if plan.method == "file" or (plan.keep_layers is None and plan.target_parameters is None):
+        return []
+    budget = Budget(plan, len(sizes), sizes, checkpoint.num_parameters - sum(sizes))
+    remove = budget.least()
+    if plan.method not in JUDGED:
+        return [("plan", f"{plan.method}: {remove} layers go")]
+    passes = f"at most {plan.passes}" if plan.method == "search" else str(greedy_passes(budget.most, remove))
+    tokens = int(parts["validation"].lengths[: plan.judge_blocks].sum())
+    return [
+        ("plan", f"{plan.method}: {remove} layers go, {passes} forward passes over {tokens:,} validation tokens each")
+    ]
+
+
 def _evaluation(
     config: Config, checkpoint: CheckpointFolder, settings: Settings, model_config: Any, test: Blocks
 ) -> str:
@@ -98,29 +121,75 @@ def _evaluation(
     return f"{models} models on {int(test.lengths.sum()):,} tokens, {_bytes(memory)} a worker"
 
 
-def _retraining(config: Config, checkpoint: CheckpointFolder, parts: dict[str, Blocks]) -> Rows:
+def _retraining(
+    config: Config, source: Path, checkpoint: CheckpointFolder, prefix: str, sizes: list[int], train: Blocks | None
+) -> Rows:
     retrain = config.retrain
-    if retrain is None:
+    if retrain is None or train is None:
         return [("retraining", "none")]
-    settings = training_settings(
-        read_deepspeed_config(retrain.deepspeed), retrain, config.model.dtype, config.cluster.workers
-    )
-    stage, workers = zero_stage(settings), config.cluster.workers
-    width = _width(config)
-    state = {"optimizer": 12 if width < 4 else 8, "gradients": width, "weights": width}
-    divided = {"optimizer": stage >= 1, "gradients": stage >= 2, "weights": stage >= 3}
-    per_parameter = sum(size / (workers if divided[name] else 1) for name, size in state.items())
-    teacher = width / (workers if stage == 3 else 1) if retrain.distillation else 0
-    memory = checkpoint.num_parameters * (per_parameter + teacher)
-    epochs = retrain.steps * retrain.batch_size / len(parts["train"])
+    given, workers = read_deepspeed_config(retrain.deepspeed), config.cluster.workers
+    settings = training_settings(given, retrain, config.model.dtype, workers, hidden_size(checkpoint.config))
+    require_loggers(retrain.log_to)
+    if retrain.distillation is not None:
+        named = retrain.distillation.teacher
+        teacher = source if named is None else resolve_source(named, None)
+        require_fitting_teacher(teacher, source, retrain.distillation, config.model.trust_remote_code)
+    trained = _trained(config, checkpoint, prefix, sizes)
+    epochs = retrain.steps * retrain.batch_size / len(train)
     return [
         (
             "retraining",
             f"{retrain.steps} steps of {retrain.batch_size} x {config.data.block_size} tokens ({epochs:.1f} epochs), "
             f"{settings['gradient_accumulation_steps']} micro-batches of {retrain.micro_batch_size} a worker, "
-            f"ZeRO stage {stage}, at most {_bytes(memory)} a worker",
+            f"ZeRO stage {zero_stage(settings)}, at most {trained / 1e6:.2f} M parameters trained, at most "
+            f"{_training_memory(config, settings, checkpoint.num_parameters, trained)}",
         )
     ]
+
+
+def _rounds(config: Config) -> Rows:
+    rounds = config.rounds
+    if rounds is None:
+        return []
+    judged = rounds.task.name if rounds.task else rounds.metric
+    return [
+        (
+            "rounds",
+            f"at most {rounds.max_rounds}, each all of the above; judged by {judged} on the validation part, tolerance "
+            f"{rounds.tolerance:g} from the original; at least {config.plan.keep_layers or 1} layers stay",
+        )
+    ]
+
+
+def _trained(config: Config, checkpoint: CheckpointFolder, prefix: str, sizes: list[int]) -> int:
+    """Parameters that the optimizer has, at most: the plan is not made yet."""
+    retrain, layers = config.retrain, len(sizes)
+    if retrain is None:
+        return 0
+    if retrain.trainable == "neighbours" and config.plan.keep_layers is not None:
+        layers = min(config.plan.keep_layers, 2 * (layers - config.plan.keep_layers))
+    if retrain.lora is not None:
+        matrices = [info for name, info in checkpoint.tensors.items() if name.startswith(f"{prefix}.")]
+        sides = sum(sum(info.shape) for info in matrices if len(info.shape) == 2)
+        return sides * retrain.lora.rank * layers // len(sizes)
+    return checkpoint.num_parameters if retrain.trainable == "all" else layers * max(sizes)
+
+
+def _training_memory(config: Config, settings: Settings, parameters: int, trained: int) -> str:
+    """Weights, gradients, optimizer state and the teacher's weights, and what of them is offloaded."""
+    stage, workers, width = zero_stage(settings), config.cluster.workers, _width(config)
+    zero, distillation = settings["zero_optimization"], config.retrain and config.retrain.distillation
+    weights = parameters * width / (workers if stage == 3 else 1)
+    if distillation and not distillation.cache:  # a cached teacher is gone before training begins
+        weights *= 2
+    gradients = trained * width / (workers if stage >= 2 else 1)
+    optimizer = trained * (12 if width < 4 else 8) / workers
+    away: dict[str, float] = {}
+    for name, size in (("offload_optimizer", optimizer), ("offload_param", weights)):
+        device = (zero.get(name) or {}).get("device", "none")
+        away[device] = away.get(device, 0) + size
+    told = [f"{_bytes(size)} on {device}" for device, size in away.items() if device != "none"]
+    return f"{_bytes(weights + gradients + optimizer)} a worker" + (f", {', '.join(told)} of it" if told else "")
 
 
 def _width(config: Config) -> int:

@@ -1,4 +1,4 @@
-"""The road, walked once.
+"""The road, walked once; or in rounds, for which see `rounds.py`.
 
 calibration text -> activations -> HSIC sums -> CKA -> plan -> rewritten checkpoint
     -> retraining -> evaluation -> report
@@ -8,14 +8,19 @@ import logging
 from pathlib import Path
 
 from mpruner_dist.config import Config
+from mpruner_dist.errors import UserError
 from mpruner_dist.road import Road
+from mpruner_dist.rounds import prune_in_rounds
 from mpruner_dist.runs.folder import RunFolder, open_run
 from mpruner_dist.steps import STEPS
+from mpruner_dist.steps.compare import compare
 
 log = logging.getLogger(__name__)
 
 COMMANDS = {name: name for name in STEPS} | {"data": "collect", "rewrite": "plan"}
 """The command that makes a finished stage anew when its inputs changed."""
+OF_A_ROUND = ("collect", "plan", "rewrite", "retrain")
+"""Stages that rounds walk themselves."""
 
 
 def run(config: Config, run_dir: Path, *, last: str = "report", again: bool = False) -> Path:
@@ -34,20 +39,48 @@ def run(config: Config, run_dir: Path, *, last: str = "report", again: bool = Fa
         UserError: the input is wrong, or the folder was made by another configuration.
         StageFailure: a stage could not finish.
     """
+    if config.rounds is not None and last in OF_A_ROUND:
+        raise UserError(
+            f"with rounds, the stage {last} belongs to a round: give `mpruner run`, or --set rounds=null to walk the "
+            "road once, in a run folder of its own"
+        )
     with open_run(run_dir, config.to_yaml()) as folder, Road(config, folder) as road:
         stages = stages_of(config)
         position = stages.index(last) + 1
         for name in stages[:position]:
+            if name == "evaluate" and config.rounds is not None:
+                prune_in_rounds(road)
             inputs, outputs, make = STEPS[name](road)
-            folder.stage(name, inputs, outputs, make, command=COMMANDS[name], replace=again and COMMANDS[name] == last)
+            remedy = f"make it anew here with the same options: mpruner {COMMANDS[name]} CONFIG"
+            folder.stage(name, inputs, outputs, make, remedy=remedy, replace=again and COMMANDS[name] == last)
         if again:
             forget_outdated(road, folder, stages[position:])
     return folder.path
 
 
+def compare_plans(config: Config, run_dir: Path, depths: list[int] | None) -> Path:
+    """Compare all planners at equal depth, on the similarities of a run, which are collected first if need be.
+
+    The run's own plan stays as it is.
+
+    Args:
+        config: of the run.
+        run_dir: where `compare.json` and `figures/plans.svg` go.
+        depths: how many layers to remove; None takes some up to a third.
+
+    Returns:
+        The run folder.
+    """
+    path = run(config, run_dir, last="collect")
+    with open_run(path, config.to_yaml()) as folder, Road(config, folder) as road:
+        compare(road, depths)
+    return path
+
+
 def stages_of(config: Config) -> tuple[str, ...]:
-    """The stages that a configuration asks for."""
-    return tuple(name for name in STEPS if name != "retrain" or config.retrain is not None)
+    """The stages that a configuration asks for, but for those of its rounds."""
+    left_out = () if config.retrain is not None else ("retrain",)
+    return tuple(name for name in STEPS if name not in (left_out if config.rounds is None else OF_A_ROUND))
 
 
 def forget_outdated(road: Road, folder: RunFolder, stages: tuple[str, ...]) -> None:

@@ -25,6 +25,8 @@ class Plan(BaseModel):
     clusters: list[list[int]] = []
     reasons: dict[str, Any] = {}
     method: str = "given"
+    judged: dict[str, Any] | None = None
+    """Of a plan that was judged by its loss on text: the passes that took, the tokens, the loss without and with it."""
 
     @model_validator(mode="after")
     def _layers_exist(self) -> Self:
@@ -79,7 +81,9 @@ def read_plan(path: Path, num_layers: int | None = None) -> Plan:
     plan: Plan = _validated(Plan, content, f"the plan {path}")
     if num_layers not in (None, plan.num_layers):
         raise UserError(f"the plan {path} is for {plan.num_layers} layers, the model has {num_layers}")
-    return Plan.keeping(plan.num_layers, plan.kept, **plan.model_dump(include={"clusters", "reasons", "method"}))
+    return Plan.keeping(
+        plan.num_layers, plan.kept, **plan.model_dump(include={"clusters", "reasons", "method", "judged"})
+    )
 
 
 def parse_layers(text: str) -> list[int]:

@@ -23,14 +23,22 @@ Step = tuple[Inputs, tuple[str, ...], Callable[[], None]]
 class Road:
     """The place where the stages of one run find what they share.
 
+    A round of pruning has a road of its own; `run` is that of the whole run, whose text, Ray and original it uses,
+    and `layers` its model's layers by their numbers there.
+
     Unfinished work lies in folders named by the digest of its inputs, so that it is never taken for another's.
     """
 
-    def __init__(self, config: Config, folder: RunFolder) -> None:
-        self.config, self.folder = config, folder
+    def __init__(
+        self, config: Config, folder: RunFolder, *, run: "Road | None" = None, layers: list[int] | None = None
+    ) -> None:
+        self.config, self.folder, self.run, self.layers = config, folder, run, layers
         self.source = resolve_source(config.model.path, config.model.revision)
         self.checkpoint = read_checkpoint(self.source)
         self.model_id = self.checkpoint.fingerprint()
+        self.original: Path = run.original if run else self.source
+        self.original_id: str = run.original_id if run else self.model_id
+        self.data: Path = run.data if run else folder / "data"
         self._session: Any = None
 
     def __enter__(self) -> Self:
@@ -43,11 +51,17 @@ class Road:
     @property
     def session(self) -> "RaySession":
         """Ray, connected at first use."""
+        if self.run:
+            return self.run.session
         if self._session is None:
             from mpruner_dist.cluster.session import RaySession
 
             self._session = RaySession(self.config.cluster)
         return self._session  # type: ignore[no-any-return]
+
+    def layer_of_original(self, layer: int) -> int:
+        """The number that a layer had in the original model."""
+        return layer if self.layers is None else self.layers[layer]
 
     def plan(self) -> Plan:
         """The plan that the stage of this name made."""
@@ -56,11 +70,11 @@ class Road:
 
     def blocks(self, part: str) -> Path:
         """The token blocks of a part of the text."""
-        return self.folder / f"data/{part}.safetensors"
+        return self.data / f"{part}.safetensors"
 
     def text(self, part: str) -> str:
         """Digest of the token blocks of a part of the text."""
-        summary = json.loads((self.folder / "data/data.json").read_text())
+        summary = json.loads((self.data / "data.json").read_text())
         return str(summary["parts"][part]["digest"])
 
     def work(self, kind: str, inputs: Inputs) -> Path:

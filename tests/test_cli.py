@@ -132,6 +132,8 @@ def test_a_damaged_model_is_named(
         ("retrain", {"batch_size": 5}, r"retrain.batch_size 5 must be a multiple of .* = 2"),
         ("retrain", {"warmup_steps": 6}, "warmup_steps 6 must be less than steps 6"),
         ("retrain", {"deepspeed": "nowhere.json"}, "cannot read the DeepSpeed configuration nowhere.json"),
+        ("retrain", {"distillation": {"top_k": 129}}, "top_k 129 is more than the 128 words of the vocabulary"),
+        ("retrain", {"distillation": {"teacher": "./nowhere"}}, "'./nowhere': there is no such folder"),
         ("cluster", {"zero_stage": 2}, "Input should be 'auto', 0 or 3, got 2"),
         ("cluster", {"workers": 0}, "greater than or equal to 1, got 0"),
     ],
@@ -247,6 +249,25 @@ def test_every_deepspeed_configuration_is_completed(
     code, output = dry_run(command, tmp_path, settings)
     assert code == 0, output
     assert f"ZeRO stage {json.loads(path.read_text())['zero_optimization']['stage']}" in output
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({}, "at most 0.08 M parameters trained, at most 1.6 MB a worker"),
+        ({"trainable": "neighbours"}, "at most 0.04 M parameters trained"),  # two gaps, four layers
+        ({"lora": {"rank": 1}}, "at most 0.00 M parameters trained"),
+        ({"distillation": {"top_k": 3, "cache": True}}, "at most 1.3 MB a worker"),
+        ({"deepspeed": str(ROOT / "configs/deepspeed/zero3_offload.json")}, "1.3 MB on cpu"),
+    ],
+)
+def test_the_dry_run_counts_what_is_trained(
+    command: Cli, tmp_path: Path, settings: dict[str, Any], values: dict[str, Any], told: str
+) -> None:
+    settings["retrain"] |= values
+    code, output = dry_run(command, tmp_path, settings)
+    assert code == 0, output
+    assert told in " ".join(output.split()), output
 
 
 def commands_in_the_readme() -> list[str]:

@@ -41,7 +41,12 @@ def full() -> dict[str, Any]:
         "retrain": {
             "steps": 30, "batch_size": 12, "micro_batch_size": 2, "learning_rate": 3e-5, "min_lr_ratio": 0.0,
             "warmup_steps": 3, "weight_decay": 0.1, "max_grad_norm": 0.5, "zero_stage": 3, "deepspeed": "ds.json",
-            "distillation": {"weight": 0.25, "temperature": 2.0}, "save_every": 5, "eval_every": 7, "seed": 8,
+            "distillation": {
+                "weight": 0.25, "temperature": 2.0, "top_k": 8, "hidden_weight": 0.5, "teacher": "/models/bigger",
+            },
+            "trainable": "neighbours", "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q_proj"]},
+            "activation_checkpointing": True, "log_to": ["tensorboard", "wandb"], "save_every": 5, "eval_every": 7,
+            "seed": 8,
         },
         "evaluate": {"batch_size": 1, "max_blocks": 9},
         "cluster": {
@@ -105,7 +110,14 @@ def test_every_mistake_comes_back_at_once_with_the_nearest_name(tmp_path: Path) 
         ("data", {"calibration": {"path": "b.jsonl"}}, "calibration takes [0.0, 1.0] and test takes [0.0, 1.0] of the"),
         ("plan", {"method": "partition"}, "plan: method partition needs keep_layers or target_parameters"),
         ("plan", {"method": "partition", "keep_layers": 2, "target_parameters": 2}, "just one of them"),
-        ("plan", {"keep_layers": 2}, "plan: keep_layers is a budget: it goes with method partition, not anchor"),
+        ("plan", {"keep_layers": 2, "stride": 2}, "plan: stride 2 goes with threshold; with keep_layers it must be 1"),
+        ("plan", {"method": "random"}, "plan: method random needs keep_layers or target_parameters, and just one"),
+        ("plan", {"method": "file", "file": "f", "keep_layers": 2}, "plan: keep_layers is a budget, and method file"),
+        ("plan", {"method": "last", "keep_layers": 2, "keep": "last"}, "plan: keep last goes with the methods anchor"),
+        ("plan", {"keep": "medoid", "stride": 2}, "plan: stride 2 counts from an end of a cluster: keep must be first"),
+        ("plan", {"method": "search", "keep_layers": 2, "preserve_pattern": True}, "after method search has judged"),
+        ("plan", {"method": "greedy", "keep": "last"}, "just one of them; keep last goes with the methods"),
+        ("plan", {"passes": 0}, "plan.passes"),
         ("plan", {"method": "file"}, "plan: method file and plan.file go together"),
         ("plan", {"file": "plan.json"}, "plan: method file and plan.file go together"),
         ("plan", {"threshold": 0}, "plan.threshold: Input should be greater than 0, got 0"),
@@ -114,6 +126,15 @@ def test_every_mistake_comes_back_at_once_with_the_nearest_name(tmp_path: Path) 
         ("retrain", {"steps": 5, "warmup_steps": 5}, "retrain: warmup_steps 5 must be less than steps 5"),
         ("retrain", {"learning_rate": 0}, "retrain.learning_rate: "),
         ("retrain", {}, "configuration: retrain needs data.train and data.validation"),
+        ("retrain", {"trainable": "neighbors"}, "retrain.trainable: Input should be 'all' or 'neighbours'"),
+        ("retrain", {"lora": {"targets": []}}, "retrain.lora.targets"),
+        ("retrain", {"lora": {"dropout": 1}}, "retrain.lora.dropout: Input should be less than 1, got 1"),
+        ("retrain", {"log_to": ["mlflow"]}, "retrain.log_to"),
+        ("retrain", {"distillation": {"weight": 0.8, "hidden_weight": 0.3}}, "must be above 0 and at most 1"),
+        ("retrain", {"distillation": {"weight": 0}}, "weight 0.0 + hidden_weight 0.0 must be above 0"),
+        ("retrain", {"distillation": {"weight": 0, "hidden_weight": 0.1, "top_k": 2}}, "top_k compares predictions"),
+        ("retrain", {"distillation": {"cache": True}}, "retrain.distillation: cache needs top_k"),
+        ("retrain", {"distillation": {"cache": True, "top_k": 2, "hidden_weight": 0.1}}, "cache holds no hidden"),
         ("model", {"path": None}, "model.path: "),
         ("collect", {"outlier_norm": 1}, "collect.outlier_norm: "),
         ("collect", {"samples": 4.5}, "collect.samples: "),
@@ -251,5 +272,12 @@ def test_a_configuration_does_not_change(tmp_path: Path) -> None:
 
 def test_settled_needs_a_threshold_to_compare_with(tmp_path: Path) -> None:
     content = minimal() | {"collect": {"until": "settled"}, "plan": {"method": "partition", "keep_layers": 3}}
-    assert "which plan.method partition does not use: set plan.method anchor" in refusal(tmp_path, content)
+    assert "which plan.method partition with a budget does not use: set plan.meth" in refusal(tmp_path, content)
     assert load(tmp_path, content, "plan.method=anchor", "plan.keep_layers=null").collect.until == "settled"
+
+
+@pytest.mark.parametrize("method", ["greedy", "search"])
+def test_plans_are_judged_on_validation_text(tmp_path: Path, method: str) -> None:
+    content = minimal() | {"plan": {"method": method, "keep_layers": 3}}
+    assert f"plan.method {method} measures the loss of plans: it needs data.validation" in refusal(tmp_path, content)
+    assert load(tmp_path, content, "data.validation.path=c.jsonl").plan.passes == 64

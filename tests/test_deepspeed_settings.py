@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from mpruner_dist.cluster.settings import (
 )
 from mpruner_dist.config import RetrainConfig
 from mpruner_dist.errors import UserError
-from mpruner_dist.retraining.settings import training_settings
+from mpruner_dist.retraining.settings import hidden_size, training_settings
 
 RETRAIN = RetrainConfig(
     steps=40, batch_size=24, micro_batch_size=2, learning_rate=3e-5, min_lr_ratio=0.2, warmup_steps=4,
@@ -25,7 +26,7 @@ RETRAIN = RetrainConfig(
 
 
 def training(given: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"config": RETRAIN, "dtype": "bfloat16", "workers": 3} | changes
+    arguments: dict[str, Any] = {"config": RETRAIN, "dtype": "bfloat16", "workers": 3, "width": 64} | changes
     return training_settings(given, **arguments)
 
 
@@ -133,8 +134,11 @@ def test_the_user_may_repeat_what_follows_from_the_run() -> None:
 @pytest.mark.parametrize(
     ("given", "key"),
     [
-        ({"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}, "zero_optimization.reduce_bucket_size"),
-        ({"optimizer": {"type": "AdamW", "params": {"betas": "auto"}}}, "optimizer.params.betas"),
+        (
+            {"zero_optimization": {"stage": 1, "allgather_bucket_size": "auto"}},
+            "zero_optimization.allgather_bucket_size",
+        ),
+        ({"optimizer": {"type": "AdamW", "params": {"amsgrad": "auto"}}}, "optimizer.params.amsgrad"),
         ({"steps_per_print": "auto"}, "steps_per_print"),
         ({"mine": {"deep": {"deeper": "auto"}}}, "mine.deep.deeper"),
     ],
@@ -143,6 +147,57 @@ def test_an_auto_that_nothing_answers_is_refused_by_key(given: Any, key: str) ->
     with pytest.raises(UserError, match="the run does not set it: give a value") as caught:
         training(given)
     assert f'says {key} = "auto"' in str(caught.value)
+
+
+def test_auto_means_what_it_means_to_transformers(tmp_path: Path) -> None:
+    """Beside transformers' own answers, from the same values."""
+    from transformers import TrainingArguments
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_hf_deepspeed_config
+
+    given = {
+        **AUTO,
+        "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")},
+        "zero_optimization": {
+            "stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": "auto",
+        },
+    }  # fmt: skip
+    wanted = dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps"), "auto")
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=4, learning_rate=3e-5,
+        weight_decay=0.1, max_grad_norm=0.7, warmup_steps=4, bf16=True, use_cpu=True, report_to=[],
+    )  # fmt: skip
+    for kind, more in (("WarmupLR", {}), ("WarmupDecayLR", {"total_num_steps": "auto"})):
+        given["scheduler"] = {"type": kind, "params": wanted | more}
+        theirs = HfTrainerDeepSpeedConfig(copy.deepcopy(given))
+        theirs.trainer_config_process(arguments)
+        theirs.trainer_config_finalize(arguments, SimpleNamespace(config=SimpleNamespace(hidden_size=64)), 40)
+        unset_hf_deepspeed_config()
+        mine = training(given, workers=1, config=RETRAIN.model_copy(update={"batch_size": 8}))
+        assert mine == theirs.config
+    assert "reduce_bucket_size" not in json.dumps(training({}))  # only where it is asked for
+
+
+@pytest.mark.parametrize(
+    ("config", "width"),
+    [
+        ({"hidden_size": 8}, 8), ({"n_embd": 9}, 9), ({"d_model": 7}, 7), ({"text_config": {"hidden_size": 6}}, 6),
+        ({"hidden_sizes": [1, 2]}, None),
+    ],
+)  # fmt: skip
+def test_the_width_is_found_by_the_names_that_families_give_it(config: dict[str, Any], width: int | None) -> None:
+    assert hidden_size(config) == width
+
+
+def test_a_bucket_size_that_no_width_answers_is_refused() -> None:
+    given = {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}
+    with pytest.raises(UserError, match="reduce_bucket_size"):
+        training(given, width=None)
+
+
+def test_without_warm_up_the_first_step_has_the_whole_rate() -> None:
+    params = training({}, config=RETRAIN.model_copy(update={"warmup_steps": 0}))["scheduler"]["params"]
+    assert (params["warmup_num_steps"], params["warmup_min_ratio"]) == (1, 1.0)
 
 
 @pytest.mark.parametrize(

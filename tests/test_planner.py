@@ -155,3 +155,12 @@ def test_an_unknown_similarity_is_never_planned_with(method: PlanConfig) -> None
     broken[1, 3] = np.inf
     with pytest.raises(UserError, match=r"not finite: collect again"):
         make_plan(broken, method)
+
+
+def test_a_threshold_never_lets_more_go_than_the_budget_of_all_rounds() -> None:
+    """Without it four layers go; of pairs of neighbours two suffice."""
+    cka = [[1 - 0.001 * abs(one - other) for other in range(8)] for one in range(8)]
+    config = PlanConfig(threshold=0.99, protect_first=1, protect_last=3)
+    assert make_plan(cka, config).dropped == [1, 2, 3, 4]
+    assert make_plan(cka, config, at_least=6).dropped == [1, 3]
+    assert make_plan(cka, config, at_least=3).dropped == [1, 2, 3, 4]

@@ -12,6 +12,7 @@ from mpruner_dist.plan import Plan
 from mpruner_dist.reporting.figures import neighbours_figure, similarity_figure
 from mpruner_dist.reporting.report import CARD_MARKER, write_report
 from mpruner_dist.reporting.table import change_text, duration_text, parameters_text, perplexity_text
+from mpruner_dist.reporting.training import training
 
 DEPTH, DROPPED = 6, [2, 4]
 SECTIONS = ["Result", "Similarity of the layers", "What was removed, and why", "Retraining", "Data", "The run"]
@@ -276,3 +277,34 @@ def test_numbers_are_short():
     assert [perplexity_text(p) for p in (16.6115, 1e304)] == ["16.61", "1e+304"]
     assert [change_text(*pair) for pair in ((9, 10), (1230, 100))] == ["-10.0 %", "12.3-fold"]
     assert [duration_text(s) for s in (0.23, 59.97, 425, 12000)] == ["0.2 s", "1 min 00 s", "7 min 05 s", "3 h 20 min"]
+
+
+def lines_of_training(weights=None, **retrain) -> str:
+    config = make_config().model_dump() | {"retrain": {"steps": 30, **retrain}}
+    data = {"parts": {"train": {"blocks": 2}}}
+    return "\n".join(training(Config.model_validate(config), data, weights))
+
+
+def test_the_report_tells_how_it_was_trained():
+    plain = lines_of_training()
+    assert "LoRA" not in plain
+    assert "distillation" not in plain
+    counts = {
+        "trained_tensors": 4, "trained_parameters": 3_000_000, "changed_tensors": 3, "frozen_tensors": 7,
+        "frozen_parameters": 9_000_000, "proved_tensors": 7,
+    }  # fmt: skip
+    told = lines_of_training(
+        counts, trainable="neighbours", lora={"rank": 7, "targets": ["q_proj", "v_proj"]},
+        distillation={"weight": 0.25, "top_k": 9, "hidden_weight": 0.5, "teacher": "owner/bigger"},
+    )  # fmt: skip
+    for expected in (
+        "adapters of rank 7, alpha 32, dropout 0, on q_proj, v_proj; merged",
+        "only the layers beside a gap",
+        "4 tensors (3.0 M parameters) were to change and 3 of them did; 7 (9.0 M) are byte for byte",
+        "distillation from owner/bigger: predictions over its 9 likeliest words and all others as one, weight 0.25, "
+        "temperature 1; hidden states of the kept layers, weight 0.5; the training loss holds all terms",
+    ):
+        assert expected in told
+    cached = lines_of_training(distillation={"top_k": 9, "cache": True})
+    assert "distillation from the original model: predictions over" in cached
+    assert "asked once before the training" in cached

@@ -22,7 +22,8 @@ LEVELS = [
     {"similarity", "planning", "rewriting", "retraining", "evaluation", "reporting"},
     {"road"},
     {"steps"},
-    {"dry_run", "pipeline"},
+    {"dry_run", "rounds"},
+    {"pipeline"},
     {"cli"},
     {"__main__", "__init__"},
 ]
@@ -32,21 +33,29 @@ OWNERS = {
     "ray": {"cluster"},
     "deepspeed": {"cluster"},
     "torch.distributed": {"cluster"},
-    "safetensors": {"checkpoints", "data", "similarity"},
+    "safetensors": {"checkpoints", "data", "similarity", "retraining"},
     "datasets": {"data"},
     "transformers": {"models", "data"},
     "huggingface_hub": {"checkpoints", "models"},
     "pydantic": {"config", "config_file", "plan"},
     "yaml": {"config", "config_file", "exchange"},
+    "lm_eval": {"evaluation"},
     "typer": {"cli"},
     "matplotlib": {"reporting"},
     "jinja2": {"reporting"},
+    "peft": {"retraining"},
+    "tensorboard": {"retraining"},
+    "torch.utils.tensorboard": {"retraining"},
+    "wandb": {"retraining"},
 }
 NO_TORCH = {
     "errors", "logs", "config", "config_file", "exchange", "plan", "runs", "checkpoints.folder", "checkpoints.header",
     "checkpoints.stored", "checkpoints.torch_files", "checkpoints.zero_files", "checkpoints.distcp",
-    "checkpoints.formats", "planning", "similarity.finalise", "similarity.sums", "similarity.stage",
-    "rewriting.finished", "rewriting.layout", "reporting", "road", "steps", "pipeline", "cli",
+    "checkpoints.formats", "planning.budget", "planning.clusters",
+    "planning.greedy", "planning.losses", "planning.planner", "planning.proposals", "planning.ranking",
+    "planning.search", "similarity.finalise", "similarity.sums", "similarity.stage",
+    "rewriting.finished", "rewriting.layout", "retraining.freezing", "retraining.settings",
+    "reporting", "road", "steps", "rounds", "pipeline", "cli",
 }  # fmt: skip
 
 

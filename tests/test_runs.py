@@ -137,7 +137,7 @@ class Making:
         self.run = RunFolder(folder, "config: here\n")
 
     def __call__(self, inputs: dict[str, Any], **options: Any) -> None:
-        self.run.stage("plan", inputs, ("plan.json",), self.make, command="plan", **options)
+        self.run.stage("plan", inputs, ("plan.json",), self.make, remedy="make it anew: mpruner plan CONFIG", **options)
 
     def make(self) -> None:
         self.times += 1

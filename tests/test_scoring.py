@@ -18,7 +18,15 @@ from mpruner_dist.config import DistillationConfig
 from mpruner_dist.data.blocks import Blocks
 from mpruner_dist.errors import StageFailure
 from mpruner_dist.models.scoring import model_inputs, score_text, token_nll
-from mpruner_dist.retraining.losses import distillation_loss, mixed_loss
+from mpruner_dist.retraining.losses import (
+    Answer,
+    distillation_loss,
+    hidden_loss,
+    language_model_loss,
+    likely_words,
+    likely_words_loss,
+    mixed_loss,
+)
 from mpruner_dist.retraining.settings import DataOrder
 
 WORDS, TOKENS = 11, 9
@@ -96,6 +104,13 @@ def test_the_score_is_the_mean_over_tokens_not_over_batches(tmp_path: Path, batc
     assert score.tokens == count == 8 + 1 + 8 + 2 + 1
     assert score.nll == pytest.approx(expected / count, rel=1e-5)
     assert score.seconds >= 0
+    hits = sum(
+        int(engine.table[int(row[place])].argmax()) == int(row[place + 1])
+        for row, length in zip(blocks.ids, blocks.lengths, strict=True)
+        for place in range(length - 1)
+    )
+    assert score.accuracy == hits / count
+    assert hits > 0
     per_block = [naive_nll(engine.table[torch.from_numpy(blocks.rows([i]).ids).long()], blocks.rows([i]))
                  for i in range(5)]  # fmt: skip
     assert abs(score.nll - sum(nll / n for nll, n in per_block) / 5) > 0.01  # the mean of means is another number
@@ -159,15 +174,84 @@ def test_distillation_and_its_gradient_are_those_of_torch(temperature: float) ->
     assert mine.grad[1, 2].abs().max() > 0
 
 
-def test_losses_are_mixed_by_weight() -> None:
-    blocks, engine = some_blocks([9, 4, 2]), Bigrams()
-    inputs = model_inputs(blocks, CPU)
-    student = some_logits(1).requires_grad_()
-    nll, _ = token_nll(student, inputs)
-    assert mixed_loss(nll, student, None, inputs, None) is nll
-    mixed = mixed_loss(nll, student, engine, inputs, DistillationConfig(weight=0.3, temperature=2.0))
-    distance = distillation_loss(student, engine(**inputs).logits, inputs["attention_mask"], 2.0)
-    assert float(mixed.detach()) == pytest.approx(float((0.7 * nll + 0.3 * distance).detach()), rel=1e-6)
+def test_the_language_model_loss_is_the_one_that_validation_measures() -> None:
+    inputs = model_inputs(some_blocks([9, 4, 2]), CPU)
+    mine, reference = some_logits(1).requires_grad_(), some_logits(1).requires_grad_()
+    loss, (expected, _) = language_model_loss(mine, inputs), token_nll(reference, inputs)
+    loss.backward()
+    expected.backward()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert mine.grad is not None
+    torch.testing.assert_close(mine.grad, reference.grad)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_likely_words_bound_the_divergence_and_reach_it_with_all_words(temperature: float) -> None:
+    student, teacher = some_logits(1), some_logits(2)
+    whole = float(distillation_loss(student, teacher, MASK, temperature))
+    bounds = [
+        float(likely_words_loss(student, likely_words(teacher, count, temperature), MASK, temperature))
+        for count in range(1, WORDS + 1)
+    ]
+    assert all(bound <= whole * (1 + 1e-5) for bound in bounds)
+    assert bounds[0] < bounds[4] < whole
+    assert bounds[-1] == pytest.approx(whole, rel=1e-5)
+    same = likely_words_loss(teacher, likely_words(teacher, 3, temperature), MASK, temperature)
+    assert float(same) == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 3, WORDS])
+def test_likely_words_and_their_gradient_are_a_sum_in_float64(count: int) -> None:
+    """Beside outcomes added up word by word; in one token a word is so likely that float32 has nothing left beside."""
+    logits, teacher, temperature = some_logits(1), some_logits(2), 2.0
+    logits[0, 0, 3] += 60
+    mine = logits.clone().requires_grad_()
+    loss = likely_words_loss(mine, likely_words(teacher, count, temperature), MASK, temperature)
+    reference = logits.double().requires_grad_()
+    expected = torch.zeros((), dtype=torch.float64)
+    for row, position in itertools.product(range(3), range(TOKENS - 1)):
+        if MASK[row, position + 1]:
+            p = (teacher[row, position].double() / temperature).softmax(-1)
+            q = (reference[row, position] / temperature).softmax(-1)
+            first, others = torch.sort(p, descending=True).indices.split([count, WORDS - count])
+            for group in [*first.split(1), *([others] if len(others) else [])]:
+                expected = expected + p[group].sum() * (p[group].sum() / q[group].sum()).log() * temperature**2
+    loss.backward()
+    expected.backward()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert mine.grad is not None
+    torch.testing.assert_close(mine.grad.double(), reference.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_hidden_states_are_compared_token_by_token_relative_to_the_teachers() -> None:
+    draw = torch.Generator().manual_seed(3)
+    teacher = [torch.randn(3, TOKENS, 5, generator=draw) * scale for scale in (1, 100)]
+    student = [state + 0.1 * torch.randn(state.shape, generator=draw) for state in teacher]
+    student[0][MASK.roll(-1, 1) == 0] = 1e6  # after the last token that predicts one, and in the padding
+    expected = sum(
+        float((student[layer][row, token] - teacher[layer][row, token]).norm() ** 2
+              / teacher[layer][row, token].norm() ** 2)
+        for layer in range(2) for row in range(3) for token in range(TOKENS - 1) if MASK[row, token + 1]
+    ) / 2  # fmt: skip
+    student[0][:, -1] = 1e6
+    assert float(hidden_loss(student, teacher, MASK)) == pytest.approx(expected, rel=1e-4)
+    assert float(hidden_loss(teacher, teacher, MASK)) == 0
+
+
+def test_losses_are_mixed_by_their_shares() -> None:
+    inputs = model_inputs(some_blocks([9, 4, 2]), CPU)
+    student, teacher = some_logits(1), some_logits(2)
+    states = [torch.randn(3, TOKENS, 5, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    nll = language_model_loss(student, inputs)
+    assert torch.equal(mixed_loss(student, [], None, inputs, None), nll)
+    config = DistillationConfig(weight=0.3, temperature=2.0, hidden_weight=0.2)
+    mixed = mixed_loss(student, states[:1], Answer(teacher, None, states[1:]), inputs, config)
+    distance = distillation_loss(student, teacher, inputs["attention_mask"], 2.0)
+    apart = hidden_loss(states[:1], states[1:], inputs["attention_mask"])
+    assert float(mixed) == pytest.approx(float(0.5 * nll + 0.3 * distance + 0.2 * apart), rel=1e-6)
+    likely = likely_words(teacher, 4, 2.0)
+    few = mixed_loss(student, [], Answer(None, likely, []), inputs, DistillationConfig(weight=1, temperature=2.0))
+    assert float(few) == pytest.approx(float(likely_words_loss(student, likely, MASK, 2.0)), rel=1e-6)
 
 
 @settings(deadline=None, max_examples=60)

@@ -3,17 +3,46 @@
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from mpruner_dist.checkpoints.folder import CheckpointFolder
 from mpruner_dist.checkpoints.header import TensorInfo, build_header
-from mpruner_dist.checkpoints.slices import TORCH_DTYPES
+from mpruner_dist.checkpoints.slices import TORCH_DTYPES, read_slice
 from mpruner_dist.errors import StageFailure
 from mpruner_dist.runs.commit import disk_errors
 
-Gather = Callable[[torch.nn.Parameter], AbstractContextManager[object]]
+Gather = Callable[..., AbstractContextManager[object]]
+"""Called with parameters by all workers; inside, each of them is whole."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where the new value of a tensor comes from."""
+
+    parameter: torch.nn.Parameter
+    frozen: bool = False
+    """The parameter must still have the value in the file, whose own bytes are then written."""
+    beside: tuple[torch.nn.Parameter, ...] = ()
+    """What `added` is made of."""
+    added: Callable[[], torch.Tensor] | None = None
+    """What is to be added to a frozen value."""
+
+
+@dataclass
+class Exported:
+    """What the tensors of an export were: elements and tensors, counted by the writer."""
+
+    trained_tensors: int = 0
+    trained_parameters: int = 0
+    changed_tensors: int = 0
+    """Trained tensors that differ from the file's."""
+    frozen_tensors: int = 0
+    frozen_parameters: int = 0
+    proved_tensors: int = 0
+    """Parameters that must not move and were found equal to the file's, byte by byte; bases of adapters too."""
 
 
 def match_names(model: torch.nn.Module, checkpoint: CheckpointFolder, base: str) -> dict[str, torch.nn.Parameter]:
@@ -36,19 +65,16 @@ def match_names(model: torch.nn.Module, checkpoint: CheckpointFolder, base: str)
 
 
 def export_weights(
-    parameters: dict[str, torch.nn.Parameter],
-    checkpoint: CheckpointFolder,
-    target: Path,
-    gather: Gather,
-    is_writer: bool,
-) -> None:
-    """Write `checkpoint`'s folder anew with these parameters' values; all workers call it, one writes.
+    weights: dict[str, Weight], checkpoint: CheckpointFolder, target: Path, gather: Gather, is_writer: bool
+) -> Exported:
+    """Write `checkpoint`'s folder anew with these values; all workers call it, one writes.
 
     One tensor at a time is whole in memory. Values are cast to the dtype that they have in the files.
 
     Raises:
-        StageFailure: the disk is full, or a parameter has not the shape of its tensor.
+        StageFailure: the disk is full, a parameter has not the shape of its tensor, or a frozen one has moved.
     """
+    counts = Exported()
     with disk_errors(target):
         if is_writer:
             target.mkdir(parents=True, exist_ok=True)
@@ -61,17 +87,42 @@ def export_weights(
                 if writer:
                     writer.write(build_header(list(header.tensors.values()), header.metadata))
                 for name, info in header.tensors.items():
-                    with gather(parameters[name]):
+                    weight = weights[name]
+                    with gather(weight.parameter, *weight.beside):
                         if writer:
-                            writer.write(_raw_bytes(name, parameters[name], info))
+                            value = _new_value(weight, info, checkpoint.path / shard, counts)
+                            writer.write(_raw_bytes(value).numpy().data)
+    return counts
 
 
-def _raw_bytes(name: str, parameter: torch.nn.Parameter, info: TensorInfo) -> bytes:
-    if tuple(parameter.shape) != info.shape:
-        raise StageFailure(
-            f"{name} has shape {list(parameter.shape)} in memory and {list(info.shape)} in the checkpoint"
-        )
-    value = parameter.detach().to("cpu", TORCH_DTYPES[info.dtype]).contiguous()
+def _new_value(weight: Weight, info: TensorInfo, path: Path, counts: Exported) -> torch.Tensor:
+    """The tensor to write, flat, in the dtype of the file."""
+    name, parameter = info.name, weight.parameter.detach()
+    if tuple(parameter.shape) != info.shape:  # such as [0]: ZeRO-3 leaves that of a weight that was not gathered
+        raise StageFailure(f"{name} has shape {list(parameter.shape)} in memory and {list(info.shape)} in {path}")
+    value = parameter.cpu().reshape(-1)
+    stored = torch.empty(info.num_elements, dtype=TORCH_DTYPES[info.dtype])
+    read_slice(path, info, 0, stored)
+    if weight.frozen:
+        if not torch.equal(_raw_bytes(value), _raw_bytes(stored.to(value.dtype))):
+            raise StageFailure(
+                f"{name} was to stay frozen and is not what it is in {path}: this is a bug; nothing was exported"
+            )
+        counts.proved_tensors += 1
+        if weight.added is None:
+            counts.frozen_tensors += 1
+            counts.frozen_parameters += info.num_elements
+            return stored
+        sum_dtype = torch.promote_types(stored.dtype, torch.float32)
+        value = stored.to(sum_dtype) + weight.added().detach().cpu().reshape(-1).to(sum_dtype)
+    value = value.to(stored.dtype)
     if not torch.isfinite(value).all():
         raise StageFailure(f"{name} is not finite after retraining: lower retrain.learning_rate; nothing was exported")
-    return value.reshape(-1).view(torch.uint8).numpy().tobytes()
+    counts.trained_tensors += 1
+    counts.trained_parameters += info.num_elements
+    counts.changed_tensors += not torch.equal(_raw_bytes(value), _raw_bytes(stored))
+    return value
+
+
+def _raw_bytes(value: torch.Tensor) -> torch.Tensor:
+    return value.contiguous().view(torch.uint8)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mpruner_dist.cluster.settings import Settings
+from mpruner_dist.errors import UserError
 
 
 def start_deepspeed(device: torch.device) -> None:
@@ -40,17 +41,24 @@ def _allow_spaces_in_library_path() -> None:
 
 
 def make_engine(model: torch.nn.Module, settings: Settings, parameters: Any = None) -> Any:
-    """A DeepSpeed engine; without an optimizer in the settings it only runs forward."""
-    import deepspeed
+    """A DeepSpeed engine; without an optimizer in the settings it only runs forward.
 
+    Raises:
+        UserError: the device does not compute in float16.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    if settings.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
+        raise UserError("the workers' device does not compute in float16: set model.dtype bfloat16 or float32")
     engine, *_ = deepspeed.initialize(model=model, config=settings, model_parameters=parameters)
     return engine
 
 
-def gathered(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
-    """All workers enter: inside, the parameter is whole on each of them."""
-    if not hasattr(parameter, "ds_status"):  # ZeRO stage 3 alone partitions parameters
+def gathered(*parameters: torch.nn.Parameter) -> AbstractContextManager[Any]:
+    """All workers enter: inside, these parameters are whole on each of them."""
+    if not hasattr(parameters[0], "ds_status"):  # ZeRO stage 3 alone partitions parameters, and then all of them
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters([parameter])  # type: ignore[no-any-return]
+    return deepspeed.zero.GatheredParameters(list(parameters))  # type: ignore[no-any-return]

@@ -26,13 +26,14 @@ def read_deepspeed_config(path: Path | None) -> Settings:
     return content
 
 
-def fill_in(given: Settings, required: Settings, defaults: Settings) -> Settings:
+def fill_in(given: Settings, required: Settings, defaults: Settings, answers: Settings | None = None) -> Settings:
     """A user's settings, completed.
 
     Args:
         given: what the user wrote; "auto" stands for "you know".
         required: what follows from the run; the user may repeat it but not contradict it.
         defaults: used where the user wrote nothing, or "auto".
+        answers: used only where the user wrote "auto".
 
     Raises:
         UserError: a contradiction, or an "auto" that nothing here answers.
@@ -40,7 +41,10 @@ def fill_in(given: Settings, required: Settings, defaults: Settings) -> Settings
     _require_agreement(given, required, "")
     filled = defaults | given
     for key, value in given.items():
-        filled[key] = _answer_auto(value, required.get(key, defaults.get(key)), key)
+        answer = required.get(key, defaults.get(key))
+        if isinstance(value, dict) and isinstance((answers or {}).get(key), dict):
+            answer = (answer or {}) | (answers or {})[key]
+        filled[key] = _answer_auto(value, answer, key)
     if isinstance(filled.get("zero_optimization"), dict):  # the one section of which a user may well write only a part
         filled["zero_optimization"] = defaults.get("zero_optimization", {}) | filled["zero_optimization"]
     return _merged(filled, required)

@@ -2,19 +2,24 @@
 
 from mpruner_dist.config.collect import CollectConfig
 from mpruner_dist.config.data import DataConfig, ModelConfig, SourceConfig
-from mpruner_dist.config.plan import PlanConfig
-from mpruner_dist.config.retrain import DistillationConfig, RetrainConfig
+from mpruner_dist.config.plan import CLUSTERED, PlanConfig
+from mpruner_dist.config.retrain import DistillationConfig, LoraConfig, RetrainConfig
+from mpruner_dist.config.rounds import RoundsConfig, TaskConfig
 from mpruner_dist.config.run import ClusterConfig, Config, EvaluateConfig
 
 __all__ = [
+    "CLUSTERED",
     "ClusterConfig",
     "CollectConfig",
     "Config",
     "DataConfig",
     "DistillationConfig",
     "EvaluateConfig",
+    "LoraConfig",
     "ModelConfig",
     "PlanConfig",
     "RetrainConfig",
+    "RoundsConfig",
     "SourceConfig",
+    "TaskConfig",
 ]

@@ -9,11 +9,47 @@ from mpruner_dist.config.base import NonNegative, Positive, Section
 
 
 class DistillationConfig(Section):
-    """Learning from the unpruned model's logits."""
+    """Learning from an unpruned model. What the weights leave over, the language-model loss has."""
 
-    weight: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Share of the distillation loss; the language-model loss has the rest."""
+    weight: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the divergence from the teacher's predictions."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_k: Positive | None = None
+    """Compare the teacher's so many likeliest words, and all others as if they were one; without it, all words."""
+    hidden_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the distance of each layer's hidden states from those of the layer that it was in the teacher."""
+    teacher: str | None = None
+    """Folder or hub id of another teacher than the unpruned model, with the same vocabulary."""
+    cache: bool = False
+    """Ask the teacher once, before training, and keep its `top_k` words on disk."""
+
+    @model_validator(mode="after")
+    def _weights_are_shares(self) -> Self:
+        total = self.weight + self.hidden_weight
+        if not 0 < total <= 1:
+            raise ValueError(f"weight {self.weight} + hidden_weight {self.hidden_weight} must be above 0 and at most 1")
+        if self.top_k is not None and not self.weight:
+            raise ValueError("top_k compares predictions, whose weight is 0: leave top_k out or raise weight")
+        return self
+
+    @model_validator(mode="after")
+    def _cache_holds_few_words(self) -> Self:
+        if self.cache and self.top_k is None:
+            raise ValueError("cache needs top_k: all words of every token do not fit on a disk")
+        if self.cache and self.hidden_weight:
+            raise ValueError("cache holds no hidden states: set cache false or hidden_weight 0")
+        return self
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (arXiv 2106.09685) in the layers, merged into the weights at the end."""
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """What the adapters add is multiplied by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    """Which projections of a layer, by the last parts of their names, such as [q_proj, v_proj]."""
 
 
 class RetrainConfig(Section):
@@ -29,7 +65,13 @@ class RetrainConfig(Section):
     warmup_steps: NonNegative = 10
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    trainable: Literal["all", "neighbours"] = "all"
+    """neighbours, as MPruner publishes it: only the layers beside a gap; the others, embeddings and head are frozen."""
+    lora: LoraConfig | None = None
+    """Train adapters in the layers (that `trainable` names), not the weights."""
     distillation: DistillationConfig | None = None
+    activation_checkpointing: bool = False
+    """Keep only what goes into each layer, and compute the rest again on the way back: less memory, slower."""
     zero_stage: Literal[1, 2, 3] = 1
     deepspeed: Path | None = None
     """A DeepSpeed JSON file; what it leaves out or calls "auto" is filled in from this section."""
@@ -39,6 +81,8 @@ class RetrainConfig(Section):
     """The newest so many stay: if the last one is torn, the one before is used."""
     eval_every: Positive = 50
     """Steps between two looks at the validation loss."""
+    log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where losses go besides `metrics.jsonl`."""
     seed: int = 0
 
     @model_validator(mode="after")

@@ -9,8 +9,9 @@ from pydantic import model_validator
 from mpruner_dist.config.base import NonNegative, Positive, Section
 from mpruner_dist.config.collect import CollectConfig
 from mpruner_dist.config.data import DataConfig, ModelConfig
-from mpruner_dist.config.plan import PlanConfig
+from mpruner_dist.config.plan import CLUSTERED, JUDGED, PlanConfig
 from mpruner_dist.config.retrain import RetrainConfig
+from mpruner_dist.config.rounds import RoundsConfig
 
 
 class EvaluateConfig(Section):
@@ -49,16 +50,42 @@ class Config(Section):
     plan: PlanConfig = PlanConfig()
     retrain: RetrainConfig | None = None
     """Left out, nothing is retrained."""
+    rounds: RoundsConfig | None = None
+    """Left out, the road is walked once."""
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
     def _settled_has_a_threshold(self) -> Self:
-        if self.collect.until == "settled" and self.plan.method != "anchor":
+        # with rounds, the budget is only where they end
+        budget = (self.plan.keep_layers or self.plan.target_parameters) and self.rounds is None
+        if self.collect.until == "settled" and (self.plan.method != "anchor" or budget):
             raise ValueError(
-                "collect.until settled compares with plan.threshold, which plan.method "
-                f"{self.plan.method} does not use: set plan.method anchor, or collect.until all"
+                f"collect.until settled compares with plan.threshold, which plan.method {self.plan.method}"
+                f"{' with a budget' if budget else ''} does not use: set plan.method anchor without a budget, or "
+                "collect.until all"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_have_what_they_need(self) -> Self:
+        if self.rounds is None:
+            return self
+        if self.data.validation is None:
+            raise ValueError("rounds are judged on data.validation: give it")
+        if self.plan.method == "file":
+            raise ValueError("rounds make a plan each: plan.method file gives only one")
+        if self.plan.target_parameters is not None:
+            raise ValueError("with rounds, plan.keep_layers is the budget: give it instead of plan.target_parameters")
+        if (self.plan.method in CLUSTERED) == (self.rounds.remove is not None):
+            how = "is decided by plan.threshold" if self.rounds.remove else "must be given as rounds.remove"
+            raise ValueError(f"how many layers a round removes {how} where plan.method is {self.plan.method}")
+        return self
+
+    @model_validator(mode="after")
+    def _plans_are_judged_on_text(self) -> Self:
+        if self.plan.method in JUDGED and self.data.validation is None:
+            raise ValueError(f"plan.method {self.plan.method} measures the loss of plans: it needs data.validation")
         return self
 
     @model_validator(mode="after")

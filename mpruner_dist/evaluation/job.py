@@ -11,6 +11,7 @@ from mpruner_dist.cluster.engine import start_deepspeed
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config
 from mpruner_dist.data.blocks import load_blocks, num_batches
+from mpruner_dist.evaluation.tasks import run_task
 from mpruner_dist.models.blocks import num_layers
 from mpruner_dist.models.engines import forward_settings, inference_engine
 from mpruner_dist.models.scoring import score_text
@@ -20,7 +21,8 @@ from mpruner_dist.runs.commit import write_json
 def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
     """Score each model on the test part and write `LABEL.json`; one that stands from an earlier attempt is kept.
 
-    spec: config (Config), models (dict of label -> Path), blocks (Path), results (Path), deepspeed (dict).
+    spec: config (Config), models (dict of label -> Path), original (Path), blocks (Path), results (Path), deepspeed
+    (dict).
 
     Raises:
         Preempted: a signal came; the results of the models before are saved.
@@ -37,12 +39,18 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
     worker.barrier()  # nobody writes before everybody has looked
     start_deepspeed(worker.device)
     # one shape for all models, that of the largest, so that their speeds can be compared
-    settings = forward_settings(worker, spec["deepspeed"], config, Path(spec["models"]["original"]))
+    settings = forward_settings(worker, spec["deepspeed"], config, Path(spec["original"]))
     blocks = load_blocks(spec["blocks"])
     for label, folder in todo.items():
         engine = inference_engine(settings, folder, config.model, worker.log)
         worker.begin_progress(f"evaluate {label}", "batches", num_batches(len(blocks), config.evaluate.batch_size))
         score = score_text(worker, engine, blocks, config.evaluate.batch_size, tell)
+        of_task: dict[str, Any] = {}
+        if config.rounds is not None and config.rounds.task is not None:
+            worker.log(f"task {config.rounds.task.name}")
+            of_task = run_task(
+                engine, folder, config.rounds.task, config.evaluate.batch_size, config.model.trust_remote_code
+            )
         if worker.is_first:
             checkpoint = read_checkpoint(folder)
             write_json(results / f"{label}.json", {
@@ -51,8 +59,10 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
                 "bytes": checkpoint.num_bytes,
                 "loss": score.nll,
                 "perplexity": math.exp(min(score.nll, 700.0)),  # e^700 still is a float64
+                "accuracy": score.accuracy,
                 "tokens": score.tokens,
                 "tokens_per_second": blocks.lengths.sum().item() / score.seconds,
+                **of_task,
             })  # fmt: skip
         engine.destroy()
         del engine

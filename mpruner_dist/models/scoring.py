@@ -18,11 +18,15 @@ from mpruner_dist.errors import StageFailure
 
 @dataclass(frozen=True)
 class TextScore:
-    """Negative log-likelihood in nats a token, the tokens it is the mean of, and seconds of the slowest worker."""
+    """What a text scores: means over its tokens."""
 
     nll: float
+    """Negative log-likelihood, nats a token."""
+    accuracy: float
+    """Share of the tokens that were the likeliest."""
     tokens: int
     seconds: float
+    """Of the slowest worker."""
 
 
 def model_inputs(blocks: Blocks, device: torch.device) -> dict[str, Any]:
@@ -36,11 +40,22 @@ def model_inputs(blocks: Blocks, device: torch.device) -> dict[str, Any]:
 
 def token_nll(logits_BTV: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, int]:
     """Summed negative log-likelihood, float32, of every token after the first that is no padding, and their number."""
-    targets_BT = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)[:, 1:]
+    targets_BT = _targets(inputs)
     nll = torch.nn.functional.cross_entropy(
         logits_BTV[:, :-1].flatten(0, 1).float(), targets_BT.flatten(), ignore_index=-100, reduction="sum"
     )
     return nll, int((targets_BT != -100).sum())
+
+
+def token_hits(logits_BTV: Tensor, inputs: dict[str, Any]) -> int:
+    """How many of the tokens that `token_nll` counts were the likeliest."""
+    return int((logits_BTV[:, :-1].argmax(-1) == _targets(inputs)).sum())
+
+
+def _targets(inputs: dict[str, Any]) -> Tensor:
+    """Every token after the first [B, T - 1], -100 for padding."""
+    targets_BT: Tensor = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)[:, 1:]
+    return targets_BT
 
 
 def score_text(
@@ -53,26 +68,29 @@ def score_text(
     """
     batches = num_batches(len(blocks), batch_size)
     mine, turns = share_of_batches(list(range(batches)), worker.rank, worker.world_size)
-    sums = torch.zeros(2, dtype=torch.float64, device=worker.device)
-    _forward(worker, engine, blocks.rows([0]))  # warm-up, outside the time
+    sums = torch.zeros(3, dtype=torch.float64, device=worker.device)
+    forward(worker, engine, blocks.rows([0]))  # warm-up, outside the time
     worker.barrier()
     begun = time.monotonic()
     for turn in range(turns):
         counted = turn < len(mine)  # else a turn taken only because ZeRO stage 3 needs everyone
         rows = blocks.rows(batch_rows(mine[turn] if counted else 0, batch_size, len(blocks)))
-        nll, tokens = _forward(worker, engine, rows)
+        logits, inputs = forward(worker, engine, rows)
+        nll, tokens = token_nll(logits, inputs)
         if counted:
-            sums += torch.tensor([float(nll), float(tokens)], dtype=torch.float64, device=worker.device)
+            score = [float(nll), float(tokens), float(token_hits(logits, inputs))]
+            sums += torch.tensor(score, dtype=torch.float64, device=worker.device)
         tell(min((turn + 1) * worker.world_size, batches))
     worker.barrier()
     seconds = time.monotonic() - begun
-    nll_sum, token_sum = worker.sum_over_workers(sums).tolist()
+    nll_sum, token_sum, hits = worker.sum_over_workers(sums).tolist()
     if not nll_sum < float("inf"):
         raise StageFailure("the model's loss on the text is not finite: try model.dtype float32 or bfloat16")
-    return TextScore(nll_sum / token_sum, int(token_sum), seconds)
+    return TextScore(nll_sum / token_sum, hits / token_sum, int(token_sum), seconds)
 
 
-def _forward(worker: Worker, engine: Any, blocks: Blocks) -> tuple[Tensor, int]:
+def forward(worker: Worker, engine: Any, blocks: Blocks) -> tuple[Tensor, dict[str, Any]]:
+    """Logits [B, T, V] of these blocks, on this worker, and the inputs that they follow from."""
     inputs = model_inputs(blocks, worker.device)
     with torch.no_grad():
-        return token_nll(engine(**inputs).logits, inputs)
+        return engine(**inputs).logits, inputs

@@ -1,5 +1,8 @@
 """Groups of consecutive layers that compute nearly the same thing. L layers; cka_LL is a matrix [L, L]."""
 
+from collections.abc import Callable
+from typing import Literal
+
 import numpy as np
 import numpy.typing as npt
 
@@ -19,6 +22,75 @@ def anchor_clusters(cka_LL: Floats, threshold: float) -> Clusters:
         else:
             clusters.append([layer])
     return clusters
+
+
+def chain_clusters(cka_LL: Floats, threshold: float) -> Clusters:
+    """Single linkage: a cluster grows while the next layer is similar enough to its last."""
+    clusters: Clusters = [[0]]
+    for layer in range(1, len(cka_LL)):
+        if cka_LL[layer - 1, layer] >= threshold:
+            clusters[-1].append(layer)
+        else:
+            clusters.append([layer])
+    return clusters
+
+
+def complete_clusters(cka_LL: Floats, threshold: float) -> Clusters:
+    """Complete linkage: the two neighbouring clusters whose least similar layers are most similar become one.
+
+    Again and again, while those are similar enough; so all layers of a cluster are similar to each other.
+    """
+    clusters: Clusters = [[layer] for layer in range(len(cka_LL))]
+    links = [float(link) for link in np.diagonal(cka_LL, 1)]  # of each cluster with the next
+    while links and max(links) >= threshold:
+        joined = int(np.argmax(links))
+        clusters[joined : joined + 2] = [clusters[joined] + clusters[joined + 1]]
+        del links[joined]
+        for left in (joined - 1, joined):
+            if 0 <= left < len(links):
+                links[left] = float(cka_LL[np.ix_(clusters[left], clusters[left + 1])].min())
+    return clusters
+
+
+CLUSTERINGS: dict[str, Callable[[Floats, float], Clusters]] = {
+    "anchor": anchor_clusters,
+    "chain": chain_clusters,
+    "complete": complete_clusters,
+}
+
+
+def representative_first(cluster: list[int], cka_LL: Floats, keep: Literal["first", "last", "medoid"]) -> list[int]:
+    """A cluster's layers from the one that stands for it on; the medoid has the highest mean CKA with the others."""
+    if keep == "medoid":
+        medoid = cluster[int(cka_LL[np.ix_(cluster, cluster)].sum(axis=1).argmax())]
+        return [medoid, *(layer for layer in cluster if layer != medoid)]
+    return cluster if keep == "first" else cluster[::-1]
+
+
+def clusters_for(
+    grow: Callable[[Floats, float], Clusters],
+    cka_LL: Floats,
+    remove: int,
+    protected: set[int],
+    keep: Literal["first", "last", "medoid"],
+) -> tuple[Clusters, list[int]]:
+    """Clusters at the highest threshold that lets at least `remove` layers go, and of those the most alike.
+
+    Returns:
+        The clusters, each from the layer that stands for it on, and the layers that go, most alike first.
+
+    Raises:
+        ValueError: no threshold lets so many layers go.
+    """
+    # no two layers are closer than the first threshold: there every layer is a cluster of its own
+    for threshold in [np.inf, *np.unique(cka_LL[np.triu_indices(len(cka_LL), 1)])[::-1]]:
+        clusters = [representative_first(cluster, cka_LL, keep) for cluster in grow(cka_LL, threshold)]
+        likeness = {
+            layer: cka_LL[cluster[0], layer] for cluster in clusters for layer in cluster[1:] if layer not in protected
+        }
+        if len(likeness) >= remove:
+            return clusters, sorted(likeness, key=lambda layer: -likeness[layer])[:remove]
+    raise ValueError(f"no threshold makes clusters that let {remove} of {len(cka_LL)} layers go")
 
 
 def open_decisions(

@@ -1,31 +1,40 @@
-"""From similarities to a plan. Instant, no torch, no processes."""
+"""From similarities, and for some methods losses, to a plan. No torch, no processes; L layers, S = L + 1 states."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mpruner_dist.config import PlanConfig
+from mpruner_dist.config.plan import JUDGED
 from mpruner_dist.errors import UserError
 from mpruner_dist.plan import Plan, nearest_matching, read_plan
-from mpruner_dist.planning.clusters import (
-    Clusters,
-    Floats,
-    anchor_clusters,
-    best_partition,
-    removed_by_stride,
-)
+from mpruner_dist.planning.budget import Budget, protected_layers
+from mpruner_dist.planning.greedy import greedy
+from mpruner_dist.planning.losses import Losses
+from mpruner_dist.planning.proposals import Proposal, Similarities, propose, propose_by_threshold
+from mpruner_dist.planning.search import search
+
+Matrix = Sequence[Sequence[float]] | Any
+PROPOSERS = ("influence", "partition", "angular")
+"""Methods whose plans a search looks at beside its own, the most promising first."""
+Pattern = tuple[Sequence[Hashable], Sequence[Hashable]]
 
 
 def make_plan(
-    cka: Sequence[Sequence[float]] | Floats,
+    cka: Matrix,
     config: PlanConfig,
     *,
-    stderr: Sequence[Sequence[float]] | Floats | None = None,
+    stderr: Matrix | None = None,
+    influence: Sequence[float] | None = None,
+    angular: Matrix | None = None,
+    losses: Losses | None = None,
     parameters: Sequence[int] | None = None,
     other_parameters: int = 0,
-    pattern: tuple[Sequence[Hashable], Sequence[Hashable]] | None = None,
+    pattern: Pattern | None = None,
+    at_least: int = 1,
 ) -> Plan:
     """Decide which layers go.
 
@@ -33,40 +42,81 @@ def make_plan(
         cka: similarity [L, L] of the layers.
         config: method, threshold, budget, protection.
         stderr: standard errors [L, L] of `cka`, told among the reasons; None if unknown.
+        influence: block influence [L]; needed by method influence, a help to method search.
+        angular: angular distance [S, S] of the states around the layers; needed by method angular, a help to search.
+        losses: of plans on text; needed by the methods greedy and search.
         parameters: of each layer; needed for `target_parameters`.
         other_parameters: of the model outside its layers.
         pattern: of each layer its kind, and of each place the kind that must stand there; None asks for none.
+        at_least: so many layers stay, even where a threshold lets more go.
 
     Raises:
-        UserError: the budget, the pattern or the given plan cannot be met.
+        UserError: the budget, the pattern or the given plan cannot be met, or what the method goes by is unknown.
     """
     cka_LL = np.asarray(cka, np.float64)
     depth = len(cka_LL)
     if config.method == "file":
         return read_plan(config.file or Path(), depth)
-    unknown = np.flatnonzero(~np.isfinite(np.diagonal(cka_LL)))
-    if len(unknown):
-        raise UserError(
-            f"the CKA of layer {unknown[0]} is unknown: its {config.measure} do not vary; choose the other plan.measure"
-        )
-    if not np.isfinite(cka_LL).all():
-        raise UserError("the CKA matrix holds values that are not finite: collect again")
-    protected = {*range(min(config.protect_first, depth)), *range(max(depth - config.protect_last, 0), depth)}
-    if config.method == "anchor":
-        clusters = anchor_clusters(cka_LL, config.threshold)
-        dropped = removed_by_stride(clusters, config.stride, protected)
+    measured = Similarities(
+        cka_LL,
+        *(None if some is None else np.asarray(some, np.float64) for some in (stderr, influence, angular)),
+    )
+    measured.require(config)
+    if config.keep_layers is None and config.target_parameters is None:
+        proposal = propose_by_threshold(measured, config, protected_layers(depth, config))
+        if depth - len(proposal.dropped) < at_least:  # of those, the ones most like what stays
+            fewer = config.model_copy(update={"keep_layers": at_least, "stride": 1})
+            proposal = _within(Budget(fewer, depth), measured, losses)
     else:
-        clusters = _partition(cka_LL, config, protected, parameters, other_parameters)
-        dropped = removed_by_stride(clusters, 1, set())
-    kept = [layer for layer in range(depth) if layer not in dropped]
+        proposal = _within(Budget(config, depth, parameters, other_parameters), measured, losses)
+    reasons = proposal.reasons
+    kept = [layer for layer in range(depth) if layer not in proposal.dropped]
     if pattern is not None:
-        kept = _nearest(kept, pattern, protected)
-        dropped = [layer for layer in range(depth) if layer not in kept]
-    reasons = _reasons(clusters, dropped, cka_LL, np.asarray(stderr) if stderr is not None else None)
-    return Plan.keeping(depth, kept, clusters=clusters, reasons=reasons, method=config.method)
+        kept = _nearest(kept, pattern, protected_layers(depth, config))
+        instead = "another layer takes its place, so that the kinds keep their pattern"
+        reasons = {layer: reasons.get(layer, instead) for layer in range(depth) if layer not in kept}
+    return Plan.keeping(
+        depth,
+        kept,
+        clusters=[sorted(cluster) for cluster in proposal.clusters],
+        reasons={str(layer): reasons[layer] for layer in sorted(reasons)},
+        method=config.method,
+        judged=losses.summary(proposal.dropped) if losses and config.method in JUDGED else None,
+    )
 
 
-def _nearest(kept: list[int], pattern: tuple[Sequence[Hashable], Sequence[Hashable]], protected: set[int]) -> list[int]:
+def judged_plan(losses: Callable[[], Losses], **given: Any) -> dict[str, Any]:
+    """`make_plan` as a task of the workers: content of a plan."""
+    return make_plan(losses=losses(), **given).model_dump()
+
+
+def _within(budget: Budget, measured: Similarities, losses: Losses | None) -> Proposal:
+    config = budget.config
+    if config.method not in JUDGED:
+        return budget.fewest(lambda remove: propose(measured, config, budget.protected, remove))
+    if losses is None:
+        raise UserError(f"method {config.method} needs the losses of plans, and there is nothing that measures them")
+    free = budget.free()
+    if config.method == "greedy":
+        return greedy(losses, free, budget.is_met)
+    return search(losses, free, budget.is_met, config.passes, _proposals(budget, measured))
+
+
+def _proposals(budget: Budget, measured: Similarities) -> list[list[int]]:
+    """What similarities propose for this budget: those methods that can, by what is known."""
+    found = []
+    for method in PROPOSERS:
+        config = budget.config.model_copy(update={"method": method})
+        try:
+            measured.require(config)
+            proposal = budget.fewest(partial(propose, measured, config, budget.protected))
+        except UserError:
+            continue  # not measured here, or it cannot remove so many
+        found.append(proposal.dropped)
+    return found
+
+
+def _nearest(kept: list[int], pattern: Pattern, protected: set[int]) -> list[int]:
     """As many layers, in the pattern, and as many of them as possible among those that were to be kept."""
     have, need = pattern
     found = nearest_matching(have, need[: len(kept)], kept)
@@ -79,40 +129,3 @@ def _nearest(kept: list[int], pattern: tuple[Sequence[Hashable], Sequence[Hashab
             "which plan.protect_first and plan.protect_last keep: lower those, or keep another number of layers"
         )
     return found
-
-
-def _partition(
-    cka_LL: Floats, config: PlanConfig, protected: set[int], parameters: Sequence[int] | None, other: int
-) -> Clusters:
-    depth = len(cka_LL)
-    least = len(protected | {0})  # the first layer always begins a cluster
-    try:
-        if config.keep_layers is not None:
-            return best_partition(cka_LL, config.keep_layers, protected)
-        target, sizes = config.target_parameters or 0, parameters or []
-        for keep in range(depth, least - 1, -1):
-            clusters = best_partition(cka_LL, keep, protected)
-            left = other + sum(sizes[cluster[0]] for cluster in clusters)
-            if left <= target:
-                return clusters
-    except ValueError as error:
-        raise UserError(f"plan.keep_layers: {error}") from error
-    raise UserError(
-        f"plan.target_parameters {target:,} cannot be met: with {least} of {depth} layers the model "
-        f"still has {left:,} parameters"
-    )
-
-
-def _reasons(clusters: Clusters, dropped: list[int], cka_LL: Floats, stderr_LL: Floats | None) -> dict[str, Any]:
-    """For every dropped layer the layer it resembles, and how much."""
-    anchor = {layer: cluster[0] for cluster in clusters for layer in cluster}
-    reasons: dict[str, Any] = {}
-    for layer in dropped:
-        if anchor[layer] == layer:
-            reasons[str(layer)] = "another layer takes its place, so that the kinds keep their pattern"
-            continue
-        reason: dict[str, Any] = {"like": anchor[layer], "cka": float(cka_LL[anchor[layer], layer])}
-        if stderr_LL is not None:
-            reason["stderr"] = float(stderr_LL[anchor[layer], layer])
-        reasons[str(layer)] = reason
-    return reasons

@@ -48,7 +48,7 @@ def similarity_figure(cka_LL: Floats, plan: Plan) -> str:
         axis.set_label_text("layer", fontsize=9)
     axes.xaxis.set_label_position("top")
     axes.xaxis.tick_top()
-    return _svg(figure)
+    return svg(figure)
 
 
 def neighbours_figure(cka_LL: Floats, stderr_LL: Floats | None, plan: Plan, threshold: float | None) -> str:
@@ -58,7 +58,7 @@ def neighbours_figure(cka_LL: Floats, stderr_LL: Floats | None, plan: Plan, thre
     distance = 1 - np.diagonal(cka_LL, 1)
     spread = np.zeros_like(distance) if stderr_LL is None else 2 * np.diagonal(stderr_LL, 1)
     near, middle, far = (np.maximum(d, SMALLEST_DISTANCE) for d in (distance - spread, distance, distance + spread))
-    figure, axes = _wide_figure(2.9)
+    figure, axes = wide_figure(2.9)
     for layer in plan.dropped:
         axes.axvspan(layer - 0.5, layer + 0.5, color=RED, alpha=0.13, linewidth=0)
     axes.fill_between(between, near, far, color=BLUE, alpha=0.3, linewidth=0)
@@ -78,12 +78,12 @@ def neighbours_figure(cka_LL: Floats, stderr_LL: Floats | None, plan: Plan, thre
     _label_layers(axes.xaxis, depth, plan.dropped)
     axes.set_xlabel("layer (each point lies between the two layers that it compares)", fontsize=9)
     axes.set_ylabel("CKA with the next layer", fontsize=9)
-    return _svg(figure)
+    return svg(figure)
 
 
 def influence_figure(influence_L: Floats, stderr_L: Floats | None, plan: Plan) -> str:
     """Block influence of each layer with two standard errors either way; dropped layers in another colour."""
-    figure, axes = _wide_figure(2.5)
+    figure, axes = wide_figure(2.5)
     colours = [RED if layer in plan.dropped else BLUE for layer in range(len(influence_L))]
     spread = None if stderr_L is None else 2 * stderr_L
     axes.bar(range(len(influence_L)), influence_L, yerr=spread, color=colours, alpha=0.75, error_kw={"linewidth": 0.8})
@@ -92,12 +92,12 @@ def influence_figure(influence_L: Floats, stderr_L: Floats | None, plan: Plan) -
     _label_layers(axes.xaxis, len(influence_L), plan.dropped)
     axes.set_xlabel("layer", fontsize=9)
     axes.set_ylabel("block influence", fontsize=9)
-    return _svg(figure)
+    return svg(figure)
 
 
 def losses_figure(training: Curve, validation: Curve) -> str:
     """Training and validation loss by step."""
-    figure, axes = _wide_figure(2.9)
+    figure, axes = wide_figure(2.9)
     if training:
         axes.plot(*zip(*training, strict=True), color=BLUE, alpha=0.75, linewidth=1, label="training")
     if validation:
@@ -106,7 +106,23 @@ def losses_figure(training: Curve, validation: Curve) -> str:
     axes.set_xlabel("step", fontsize=9)
     axes.set_ylabel("loss, nats per token", fontsize=9)
     axes.legend(frameon=False, fontsize=9)
-    return _svg(figure)
+    return svg(figure)
+
+
+def curves_figure(curves: dict[str, Curve], bold: tuple[str, ...], below: str, beside: str) -> str:
+    """Some curves by name on a logarithmic axis; those in `bold` stand out and the others are grey."""
+    figure, axes = wide_figure(3.8)
+    for name, curve in curves.items():
+        if not curve:
+            continue
+        style = {"linewidth": 1.5, "zorder": 3} if name in bold else {"linewidth": 0.8, "color": GREY, "alpha": 0.5}
+        axes.plot(*zip(*curve, strict=True), "o-", markersize=3, label=name if name in bold else None, **style)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel(below, fontsize=9)
+    axes.set_ylabel(beside, fontsize=9)
+    axes.legend(frameon=False, fontsize=8)
+    return svg(figure)
 
 
 def _colour_range(distance_LL: Floats) -> tuple[float, float]:
@@ -141,7 +157,8 @@ def _label_as_cka(axis: Any) -> None:
     axis.set_tick_params(labelsize=8)
 
 
-def _wide_figure(height: float) -> tuple[Any, Any]:
+def wide_figure(height: float) -> tuple[Any, Any]:
+    """A figure as wide as the page, in inches high, and its axes."""
     figure = Figure(figsize=(8.6, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
@@ -151,7 +168,8 @@ def _wide_figure(height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _svg(figure: Any) -> str:
+def svg(figure: Any) -> str:
+    """A figure as SVG text; the same figure gives the same text."""
     text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "mpruner-dist"}):  # same artefacts, same file
         figure.savefig(text, format="svg", metadata={"Date": None}, bbox_inches="tight")

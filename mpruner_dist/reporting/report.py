@@ -13,9 +13,14 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mpruner_dist.config import Config, PlanConfig
-from mpruner_dist.plan import Plan, format_layers, read_plan
+from mpruner_dist.config import Config
+from mpruner_dist.config.plan import CLUSTERED
+from mpruner_dist.plan import format_layers, read_plan
+from mpruner_dist.reporting.choice import choice, reasons
+from mpruner_dist.reporting.comparison import comparison_note, comparison_table, plans_figure
 from mpruner_dist.reporting.figures import influence_figure, losses_figure, neighbours_figure, similarity_figure
+from mpruner_dist.reporting.rounds import HEADINGS as ROUND_HEADINGS
+from mpruner_dist.reporting.rounds import round_rows, rounds_figure, rounds_summary
 from mpruner_dist.reporting.similarity import (
     LAYER_HEADINGS,
     WINDOW_HEADINGS,
@@ -32,7 +37,9 @@ from mpruner_dist.reporting.table import (
     parameters_text,
     perplexity_text,
 )
+from mpruner_dist.reporting.training import training
 from mpruner_dist.runs.commit import write_bytes, write_text
+from mpruner_dist.runs.digest import file_digest
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +82,8 @@ def _facts(run: Path, config: Config, stages: dict[str, dict[str, Any]]) -> Fact
         json.loads((run / name).read_text()) for name in ("cka.json", "evaluation.json", "data/data.json")
     )
     plan = read_plan(run / "plan.json", len(similarity["layers"]))
+    retrain = json.loads((run / "retrain.json").read_text()) if "retrained" in evaluation else None
+    comparison = _comparison(run)
     repeated = _repeated(data)
     text = "test" if repeated else "held-out"
     return {
@@ -85,20 +94,24 @@ def _facts(run: Path, config: Config, stages: dict[str, dict[str, Any]]) -> Fact
         "evaluation": evaluation,
         "data": data,
         "plan": plan,
-        "retrain": json.loads((run / "retrain.json").read_text()) if config.retrain else None,
+        "retrain": retrain,
+        "rounds": _rounds(run, config),
         "summary": summary(evaluation, text),
         "text": text,
         "headings": HEADINGS,
         "results": list(zip(evaluation_rows(evaluation), evaluation_changes(evaluation), strict=True)),
         "kept": format_layers(plan.kept).replace(",", ", "),
         "dropped": format_layers(plan.dropped).replace(",", ", "),
-        "choice": _choice(config.plan),
-        "reasons": _reasons(plan, known_spread=similarity["stderr"] is not None),
+        "choice": choice(config.plan, plan, config.rounds),
+        "reasons": reasons(plan, known_spread=similarity["stderr"] is not None),
+        "comparison": comparison,
+        "comparison_table": comparison_table(comparison) if comparison else None,
+        "comparison_note": comparison_note(comparison) if comparison else "",
         "measurement": measurement(similarity, config.collect, config.data.block_size),
         "domination": domination(similarity),
         "layer_table": (LAYER_HEADINGS, layer_rows(similarity)),
         "window_table": (WINDOW_HEADINGS, window_rows(similarity)),
-        "training": _training(config, data),
+        "training": training(config, data, retrain and retrain.get("weights")),
         "repeated": repeated,
         "durations": [(name, duration_text(s["seconds"])) for name, s in stages.items() if s["state"] == "done"],
         "versions": _versions(),
@@ -107,9 +120,22 @@ def _facts(run: Path, config: Config, stages: dict[str, dict[str, Any]]) -> Fact
     }
 
 
+def _rounds(run: Path, config: Config) -> Facts | None:
+    """The rounds, if the run has any: what came of them, a table, and what a figure needs."""
+    if config.rounds is None:
+        return None
+    record = json.loads((run / "rounds.json").read_text())
+    return {"record": record, "summary": rounds_summary(record), "table": (ROUND_HEADINGS, round_rows(record))}
+
+
 def summary(evaluation: dict[str, Any], text: str) -> str:
     """The result in one sentence, from the content of `evaluation.json` and what to call the text of the test."""
-    original, pruned = evaluation["original"], evaluation["pruned"]
+    original, pruned = evaluation["original"], evaluation.get("pruned")
+    if pruned is None:
+        return (
+            f"Nothing was removed: {original['layers']} layers, {parameters_text(original['parameters'])} parameters, "
+            f"perplexity {perplexity_text(original['perplexity'])} on {original['tokens']:,} {text} tokens."
+        )
     share = evaluation_changes(evaluation)[list(evaluation).index("pruned")][HEADINGS.index("parameters")]
     quality = f"{perplexity_text(original['perplexity'])} → {perplexity_text(pruned['perplexity'])} pruned"
     if "retrained" in evaluation:
@@ -121,11 +147,19 @@ def summary(evaluation: dict[str, Any], text: str) -> str:
     )
 
 
+def _comparison(run: Path) -> dict[str, Any] | None:
+    """What `mpruner plan --compare` found from these similarities, if it was asked."""
+    path = run / "compare.json"
+    content = json.loads(path.read_text()) if path.exists() else None
+    return content if content and content["cka"] == file_digest(run / "cka.json") else None
+
+
 def _draw(facts: Facts, config: Config) -> dict[str, str]:
     similarity, plan = facts["similarity"], facts["plan"]
     planned_by = similarity["updates"] if config.plan.measure == "updates" else similarity
     cka_LL, updates_LL = (_array(some["cka"]) for some in (similarity, similarity["updates"]))
-    threshold = config.plan.threshold if config.plan.method == "anchor" else None
+    by_threshold = config.plan.method in CLUSTERED and not (config.plan.keep_layers or config.plan.target_parameters)
+    threshold = config.plan.threshold if by_threshold else None
     figures = {
         "cka": similarity_figure(cka_LL, plan),
         "updates": similarity_figure(updates_LL, plan),
@@ -134,83 +168,18 @@ def _draw(facts: Facts, config: Config) -> dict[str, str]:
             _array(similarity["block_influence"]), _array(similarity["block_influence_stderr"]), plan
         ),
     }
+    if facts["comparison"]:
+        figures["plans"] = plans_figure(facts["comparison"])
     if facts["retrain"]:
         figures["losses"] = losses_figure(facts["retrain"]["loss"], facts["retrain"]["validation_loss"])
+    if facts["rounds"]:
+        figures["rounds"] = rounds_figure(facts["rounds"]["record"])
     return figures
 
 
 def _array(values: Any) -> Any:
     """As float64, NaN where JSON says null; None if it says only that."""
     return None if values is None else np.array(values, np.float64)
-
-
-def _choice(plan: PlanConfig) -> list[str]:
-    """How the layers were chosen, in sentences."""
-    if plan.method == "file":
-        return [f"The layers were given: the plan is {plan.file}."]
-    if plan.method == "partition":
-        budget = (
-            f"{plan.keep_layers} layers"
-            if plan.keep_layers is not None
-            else f"at most {parameters_text(plan.target_parameters or 0)} parameters"
-        )
-        how = [
-            f"Method partition, with a budget of {budget}: of all divisions of the network into groups of consecutive "
-            "layers, each group standing for its first layer, the one that loses least was taken. The loss is the sum "
-            "over the removed layers of 1 - CKA with the first layer of their group."
-        ]
-    else:
-        which = {1: "all but the first", 2: "layers 1, 3, 5, ...", 3: "layers 1, 4, 7, ..."}[plan.stride]
-        how = [
-            "Method anchor, as published by MPruner (arXiv 2408.13482): a cluster grows while the CKA of the next "
-            f"layer with the first layer of the cluster is at least {plan.threshold:g}. Of the layers 0, 1, 2, ... of "
-            f"each cluster, {which} were removed (stride {plan.stride})."
-        ]
-    if plan.protect_first or plan.protect_last:
-        ends = f"{plan.protect_first} at the start and {plan.protect_last} at the end of the network"
-        how.append(f"Layers never removed, whatever their similarity: {ends}.")
-    return how
-
-
-def _training(config: Config, data: dict[str, Any]) -> list[str]:
-    """How the pruned model was retrained, one line a fact; nothing if it was not."""
-    retrain = config.retrain
-    if retrain is None:
-        return []
-    lines = [
-        f"{retrain.steps} steps of {retrain.batch_size} sequences of {'' if config.data.pack else 'at most '}"
-        f"{config.data.block_size} tokens: {retrain.steps * retrain.batch_size:,} sequences from a train part of "
-        f"{data['parts']['train']['blocks']:,}",
-        f"learning rate {retrain.learning_rate:g}, {retrain.warmup_steps} warm-up steps, down to "
-        f"{retrain.min_lr_ratio:g} of it at the end; weight decay {retrain.weight_decay:g}, gradient norm at most "
-        f"{retrain.max_grad_norm:g}; weights in {config.model.dtype}; DeepSpeed ZeRO stage {retrain.zero_stage}",
-    ]
-    if retrain.deepspeed is not None:
-        lines.append(f"settings in {retrain.deepspeed.name} go before these")
-    if retrain.distillation is not None:
-        lines.append(
-            f"distillation from the original model: weight {retrain.distillation.weight:g}, temperature "
-            f"{retrain.distillation.temperature:g}; the training loss holds both terms, the validation loss only "
-            "that of the language model"
-        )
-    return lines
-
-
-def _reasons(plan: Plan, known_spread: bool) -> list[tuple[str, str, str, str]]:
-    """Layer, the layer it resembles, CKA and standard error of each dropped layer; a plan by hand may say less."""
-    rows = []
-    for layer in plan.dropped:
-        reason = plan.reasons.get(str(layer), "not stated")
-        if isinstance(reason, dict):
-            stderr = _decimal(reason.get("stderr", "")) if known_spread else "unknown"
-            rows.append((str(layer), str(reason.get("like", "")), _decimal(reason.get("cka", "")), stderr))
-        else:
-            rows.append((str(layer), str(reason), "", ""))
-    return rows
-
-
-def _decimal(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _repeated(data: dict[str, Any]) -> list[str]:

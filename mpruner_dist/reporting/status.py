@@ -1,11 +1,15 @@
 """What is done in a run folder."""
 
+import json
 import time
 from pathlib import Path
+from typing import Any
 
 from mpruner_dist.errors import UserError
 from mpruner_dist.logs import progress_line, read_progress
 from mpruner_dist.runs.folder import read_manifest
+
+BEFORE_ROUNDS, AFTER_ROUNDS = ("data", "baseline"), ("result", "evaluate", "report")
 
 
 def status_rows(run_dir: Path, stages: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -14,22 +18,51 @@ def status_rows(run_dir: Path, stages: tuple[str, ...]) -> list[tuple[str, str]]
     Raises:
         UserError: not a run folder.
     """
-    known = read_manifest(run_dir)
-    if not known:
-        raise UserError(f"{run_dir} is no run folder: it holds no manifest.json")
+    known = _known(run_dir)
     rows: list[tuple[str, str]] = []
     waiting = "next"
     for name in stages:
         stage = known.get(name)
         if stage is None:
             rows.append((name, waiting))
-            waiting = "waits"
-        elif stage["state"] == "done":
-            rows.append((name, f"done in {stage['seconds']:.1f} s: {', '.join(stage['outputs'])}"))
         else:
-            begun = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(stage["since"]))
-            progress = read_progress(run_dir / "logs" / "progress.json")
-            far = progress_line(progress).strip() if progress else "no progress told"
-            rows.append((name, f"begun {begun}: {far}; if no process works on it, `mpruner run` goes on from here"))
+            rows.append((name, _state(stage, run_dir)))
+        if stage is None or stage["state"] != "done":
             waiting = "waits"
     return rows
+
+
+def status_of_rounds(run_dir: Path) -> list[tuple[str, str]]:
+    """The same for a run in rounds, a row also for each stage that a round has begun and for each decision.
+
+    Raises:
+        UserError: not a run folder.
+    """
+    known = _known(run_dir)
+    rows = [(name, _state(known[name], run_dir)) for name in BEFORE_ROUNDS if name in known]
+    record = run_dir / "rounds.json"
+    decided = json.loads(record.read_text()) if record.is_file() else {"rounds": [], "stopped": None}
+    decisions = {entry["folder"]: entry for entry in decided["rounds"]}
+    for folder in sorted(run_dir.glob("round-*")):
+        rows += [(f"{folder.name} {name}", _state(stage, folder)) for name, stage in read_manifest(folder).items()]
+        if folder.name in decisions:
+            entry = decisions[folder.name]
+            rows.append((folder.name, f"{'accepted' if entry['accepted'] else 'rolled back'}: {entry['why']}"))
+    rows.append(("rounds", f"end: {decided['stopped']}" if decided["stopped"] else "`mpruner run` goes on"))
+    return rows + [(name, _state(known[name], run_dir)) for name in AFTER_ROUNDS if name in known]
+
+
+def _known(run_dir: Path) -> dict[str, dict[str, Any]]:
+    known = read_manifest(run_dir)
+    if not known:
+        raise UserError(f"{run_dir} is no run folder: it holds no manifest.json")
+    return known
+
+
+def _state(stage: dict[str, Any], folder: Path) -> str:
+    if stage["state"] == "done":
+        return f"done in {stage['seconds']:.1f} s: {', '.join(stage['outputs'])}"
+    begun = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(stage["since"]))
+    progress = read_progress(folder / "logs" / "progress.json")
+    far = progress_line(progress).strip() if progress else "no progress told"
+    return f"begun {begun}: {far}; if no process works on it, `mpruner run` goes on from here"

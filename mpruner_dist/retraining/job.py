@@ -1,23 +1,23 @@
 """The stage `retrain`: what every worker does."""
 
 import json
-import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mpruner_dist.checkpoints.export import export_weights, match_names
+from mpruner_dist.checkpoints.export import Exported, export_weights
 from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.cluster.engine import gathered, make_engine, start_deepspeed
-from mpruner_dist.cluster.settings import inference_settings, zero_stage
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config, RetrainConfig
 from mpruner_dist.data.blocks import Blocks, load_blocks
 from mpruner_dist.errors import StageFailure
-from mpruner_dist.models.engines import inference_engine, load_for
-from mpruner_dist.models.scoring import model_inputs, score_text, token_nll
+from mpruner_dist.models.engines import load_for
+from mpruner_dist.models.scoring import model_inputs, score_text
+from mpruner_dist.models.stacks import only_blocks
 from mpruner_dist.retraining.checkpoints import (
     Found,
     find_checkpoint,
@@ -25,45 +25,53 @@ from mpruner_dist.retraining.checkpoints import (
     loading_settings,
     save_checkpoint,
 )
+from mpruner_dist.retraining.hidden import HiddenStates
 from mpruner_dist.retraining.losses import mixed_loss
-from mpruner_dist.retraining.settings import DataOrder, training_settings
-from mpruner_dist.runs.commit import commit_folder, write_json, write_text
+from mpruner_dist.retraining.metrics import Metrics
+from mpruner_dist.retraining.preparation import prepare_model, trainable
+from mpruner_dist.retraining.settings import DataOrder, hidden_size, training_settings
+from mpruner_dist.retraining.teacher import Teacher, make_teacher
+from mpruner_dist.runs.commit import commit_folder, write_json
+
+EXPORTED = "exported.json"
+OVERFLOWS = 16
+"""Steps one after another that float16 may skip while DeepSpeed looks for a scale: it begins at 2^16 and halves."""
 
 
 def retrain_job(worker: Worker, spec: dict[str, Any]) -> None:
     """Retrain, from the newest sharded checkpoint if there is one, and export a Hugging Face folder.
 
-    spec: config (Config), pruned (Path), teacher (Path), train and validation (Path of blocks), work (Path of the
-    sharded checkpoints), target (Path), deepspeed (dict).
+    spec: config (Config), pruned (Path), layers (list of int, the only ones to train, or None), teacher (Path),
+    teacher_layers (list of int, for each layer the teacher's that it was), words (Path of the teacher's likely words
+    or None), train and validation (Path of blocks), work (Path of the sharded checkpoints), target (Path),
+    deepspeed (dict).
 
     Raises:
         UserError: a checkpoint of another run.
-        StageFailure: a loss or a weight that is not finite, a full disk.
+        StageFailure: a loss or a weight that is not finite, a frozen weight that moved, a full disk.
         Preempted: a signal came; a checkpoint is saved.
     """
     config: Config = spec["config"]
     retrain = _section(config)
     start_deepspeed(worker.device)
-    settings = training_settings(spec["deepspeed"], retrain, config.model.dtype, worker.world_size)
-    found = find_checkpoint(worker, Path(spec["work"]), settings)
-    settings = loading_settings(found, settings)
     pruned = read_checkpoint(Path(spec["pruned"]))
+    width = hidden_size(pruned.config)
+    settings = training_settings(spec["deepspeed"], retrain, config.model.dtype, worker.world_size, width)
+    found = find_checkpoint(worker, Path(spec["work"]), settings)
+    teacher = make_teacher(worker, settings, config, spec)
     model = load_for(settings, pruned.path, config.model, worker.log)
-    model.train()
-    parameters = match_names(model, pruned, str(model.base_model_prefix))
-    engine = make_engine(model, settings, list(model.parameters()))
-    teacher = None
-    if retrain.distillation:
-        teacher_settings = inference_settings({}, 3 if zero_stage(settings) == 3 else 0, config.model.dtype)
-        teacher = inference_engine(teacher_settings, Path(spec["teacher"]), config.model, worker.log)
+    weights = prepare_model(model, pruned, retrain, spec["layers"])
+    engine = make_engine(model, loading_settings(found, settings), trainable(model))
     trainer = Trainer(worker, engine, teacher, retrain, Path(spec["work"]))
     trainer.run(load_blocks(spec["train"]), load_blocks(spec["validation"]), config.evaluate.batch_size, found)
     target = Path(spec["target"])
     partial = target.with_name(f".{target.name}.partial")
-    export_weights(parameters, pruned, partial, gathered, worker.is_first)
+    exported = export_weights(weights, pruned, partial, gathered, worker.is_first)
     worker.barrier()
     if worker.is_first:
+        require_change(exported, retrain)
         read_checkpoint(partial)
+        write_json(trainer.work / EXPORTED, asdict(exported))
         commit_folder(partial, target)
     worker.barrier()
 
@@ -71,17 +79,23 @@ def retrain_job(worker: Worker, spec: dict[str, Any]) -> None:
 class Trainer:
     """The loop over steps, its log and its sharded checkpoints."""
 
-    def __init__(self, worker: Worker, engine: Any, teacher: Any, config: RetrainConfig, work: Path) -> None:
+    def __init__(self, worker: Worker, engine: Any, teacher: Teacher | None, config: RetrainConfig, work: Path) -> None:
         self.worker, self.engine, self.teacher, self.config = worker, engine, teacher, config
         self.work = work
-        self.metrics_path = work / "metrics.jsonl"
+        self.metrics = Metrics(work, worker.is_first)
+        self.hidden: HiddenStates | None = None
+        if config.distillation is not None and config.distillation.hidden_weight:
+            blocks = only_blocks(engine.module)
+            self.hidden = HiddenStates(blocks, list(range(len(blocks))))
+        self.skipped = 0  # steps one after another in which float16 overflowed
+        self.saved = 0
 
     def run(self, train: Blocks, validation: Blocks, eval_batch_size: int, found: Found | None) -> None:
         """Do the steps that are left."""
         config = self.config
         order = DataOrder(len(train), config.batch_size, config.seed)
-        first = load_checkpoint(self.worker, self.engine, self.work, found)
-        self._forget_metrics_after(first)
+        first = self.saved = load_checkpoint(self.worker, self.engine, self.work, found)
+        self.metrics.begin(first, config.log_to)
         if self._looks_after(first):  # saved before it was looked at
             self._validate(first, validation, eval_batch_size)
         self.worker.begin_progress("retrain", "steps", config.steps, first)
@@ -90,15 +104,18 @@ class Trainer:
             loss = self._step(step, train, order)
             done = step + 1
             seconds = time.monotonic() - begun
-            self._record({"step": done, "loss": loss, "lr": self.engine.get_lr()[0], "seconds": seconds})
+            self.metrics.record({"step": done, "loss": loss, "lr": self.engine.get_lr()[0], "seconds": seconds})
             self.worker.tell(done, f"loss {loss:.3f}")
             stops = self.worker.must_stop()
             if done % config.save_every == 0 or done == config.steps or stops:
                 save_checkpoint(self.worker, self.engine, self.work, done, config.keep_checkpoints)
+                self.saved = done
             if stops:
+                self.metrics.end()
                 self.worker.stop(f"step {done} of {config.steps} is saved")
             if self._looks_after(done):
                 self._validate(done, validation, eval_batch_size)
+        self.metrics.end()
 
     def _looks_after(self, step: int) -> bool:
         """Whether the validation loss is measured after so many steps."""
@@ -110,45 +127,69 @@ class Trainer:
         torch.manual_seed(hash((config.seed, step, worker.rank)) % 2**63)  # dropout, if any, resumes the same
         micro_batches = order.micro_batches(step, worker.rank, worker.world_size, config.micro_batch_size)
         tokens = int((train.rows(order.rows(step)).lengths - 1).clip(0).sum())
-        total = torch.zeros(1, dtype=torch.float64, device=worker.device)
-        for rows in micro_batches:
-            inputs = model_inputs(train.rows(rows), worker.device)
-            logits = self.engine(**inputs).logits
-            nll, _ = token_nll(logits, inputs)
-            loss = mixed_loss(nll, logits, self.teacher, inputs, config.distillation)
-            total += loss.detach().double()
+        losses = torch.zeros(len(micro_batches), worker.world_size, dtype=torch.float64, device=worker.device)
+        for turn, rows in enumerate(micro_batches):
+            loss = self._loss(rows, model_inputs(train.rows(rows), worker.device))
+            losses[turn, worker.rank] = loss.detach()
             # DeepSpeed takes the mean over micro-batches and workers; this makes of it the mean over all tokens
             self.engine.backward(loss * (len(micro_batches) * worker.world_size / tokens))
             self.engine.step()
-        mean = worker.sum_over_workers(total).item() / tokens
-        if not math.isfinite(mean):
+        losses = worker.sum_over_workers(losses).cpu()
+        self.check(step, losses.flatten().isfinite().tolist(), order.rows(step))
+        return losses.sum().item() / tokens
+
+    def _loss(self, rows: list[int], inputs: dict[str, Any]) -> torch.Tensor:
+        """Of one micro-batch, summed over its tokens."""
+        answer = None if self.teacher is None else self.teacher(rows, inputs)
+        states: list[torch.Tensor] = []
+        if self.hidden is None:
+            logits = self.engine(**inputs).logits
+        else:
+            with self.hidden.recording() as states:
+                logits = self.engine(**inputs).logits
+        return mixed_loss(logits, states, answer, inputs, self.config.distillation)
+
+    def check(self, step: int, finite: list[bool], rows: list[int]) -> None:
+        """Stop where going on would train nothing.
+
+        Args:
+            step: just done.
+            finite: for each micro-batch of the step, over all workers, whether its loss is.
+            rows: training blocks of the step, in the order of the micro-batches.
+
+        Raises:
+            StageFailure: a loss that is not finite, or float16 that overflows at every scale.
+        """
+        kept = f"{self.work}/step-{self.saved:06d} is kept" if self.saved else "no sharded checkpoint was saved before"
+        size = self.config.micro_batch_size
+        bad = sorted(row for index, row in enumerate(rows) if not finite[index // size])
+        if bad:
             raise StageFailure(
-                f"the loss of step {step + 1} is not finite (training blocks {order.rows(step)}): lower "
-                f"retrain.learning_rate; the last sharded checkpoint in {self.work} is kept"
+                f"the loss of step {step + 1} is not finite (training blocks {bad}): lower "
+                f"retrain.learning_rate, or set model.dtype bfloat16 or float32; {kept}"
             )
-        return mean
+        self.skipped = 0 if self.engine.was_step_applied() else self.skipped + 1
+        if self.skipped >= OVERFLOWS:
+            raise StageFailure(
+                f"the gradients of {self.skipped} steps one after another, up to step {step + 1}, overflow float16 "
+                f"however small the loss is scaled: set model.dtype bfloat16 or float32; {kept}"
+            )
 
     def _validate(self, step: int, validation: Blocks, batch_size: int) -> None:
         self.engine.eval()
         score = score_text(self.worker, self.engine, validation, batch_size)
         self.engine.train()
-        self._record({"step": step, "validation_loss": score.nll})
+        self.metrics.record({"step": step, "validation_loss": score.nll})
         self.worker.log(f"step {step}: validation loss {score.nll:.4f}")
 
-    def _record(self, entry: dict[str, Any]) -> None:
-        if self.worker.is_first:
-            with self.metrics_path.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
 
-    def _forget_metrics_after(self, step: int) -> None:
-        """Drop what an attempt logged after its last sharded checkpoint was saved: that is done again."""
-        if not self.worker.is_first:
-            return
-        self.work.mkdir(parents=True, exist_ok=True)
-        lines = self.metrics_path.read_text().splitlines() if self.metrics_path.exists() else []
-        entries = [(line, json.loads(line)) for line in lines if line.endswith("}")]
-        kept = [line for line, entry in entries if entry["step"] < step or (entry["step"] == step and "loss" in entry)]
-        write_text(self.metrics_path, "".join(f"{line}\n" for line in kept))
+def require_change(exported: Exported, config: RetrainConfig) -> None:
+    """Training that moved no weight has failed, whatever its losses say."""
+    if not exported.changed_tensors:
+        raise StageFailure(
+            f"none of the {exported.trained_tensors} trained tensors has changed after {config.steps} steps: raise "
+            "retrain.learning_rate, or set model.dtype float32 if it is too small for the number type"
+        )
 
 
 def _section(config: Config) -> RetrainConfig:
@@ -157,10 +198,11 @@ def _section(config: Config) -> RetrainConfig:
     return config.retrain
 
 
-def write_summary(metrics: Path, target: Path) -> None:
-    """`retrain.json`: losses by step, from the log of the run."""
-    entries = [json.loads(line) for line in metrics.read_text().splitlines()]
+def write_summary(work: Path, target: Path) -> None:
+    """`retrain.json`: losses by step, from the log of the run, and what was trained, from its export."""
+    entries = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
     write_json(target, {
         "loss": [[e["step"], e["loss"]] for e in entries if "loss" in e],
         "validation_loss": [[e["step"], e["validation_loss"]] for e in entries if "validation_loss" in e],
+        "weights": json.loads((work / EXPORTED).read_text()),
     })  # fmt: skip

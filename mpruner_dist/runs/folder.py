@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mpruner_dist.errors import UserError
-from mpruner_dist.runs.commit import disk_errors, write_json, write_text
+from mpruner_dist.runs.commit import disk_errors, write_bytes, write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class RunFolder:
         outputs: tuple[str, ...],
         make: Callable[[], None],
         *,
-        command: str,
+        remedy: str,
         replace: bool = False,
     ) -> None:
         """Make a stage's outputs, unless they are there and were made from the same inputs.
@@ -57,8 +57,8 @@ class RunFolder:
             inputs: everything that the outputs depend on.
             outputs: what must be there when it is done, relative to the folder.
             make: makes them.
-            command: the `mpruner` command that may make them from other inputs.
-            replace: this is that command.
+            remedy: what to do where they were made from other inputs.
+            replace: make them anew then.
 
         Raises:
             UserError: the outputs are there, or were begun, from other inputs, and may not be replaced.
@@ -69,7 +69,7 @@ class RunFolder:
             listed = "\n".join(f"  {line}" for line in changes)
             raise UserError(
                 f"{self.path} was made by another configuration; for the stage {name} these differ:\n{listed}\n"
-                f"Give a new --run-dir, or make it anew here with the same options: mpruner {command} CONFIG"
+                f"Give a new --run-dir, or {remedy}"
             )
         known = self.stages.get(name, {})
         if not changes and self.is_done(name) and all((self.path / output).exists() for output in outputs):
@@ -89,6 +89,17 @@ class RunFolder:
         if name not in self.stages:
             return []
         return _differences(self.stages[name]["inputs"], json.loads(json.dumps(inputs)))
+
+    def adopt(self, name: str, other: "RunFolder") -> None:
+        """Take a finished stage over from another folder, where it is not known here: the same inputs, the same files.
+
+        Files are copied, so that either folder can be deleted.
+        """
+        if name in self.stages or not other.is_done(name):
+            return
+        for output in other.stages[name]["outputs"]:
+            write_bytes(self / output, (other / output).read_bytes())
+        self._record(name, other.stages[name])
 
     def forget(self, names: Sequence[str]) -> None:
         """Mark stages as not done. Their artefacts stay until new ones replace them."""

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from mpruner_dist.road import Road, Step
 from mpruner_dist.steps.collect import collect
 from mpruner_dist.steps.data import data
-from mpruner_dist.steps.evaluate import evaluate
+from mpruner_dist.steps.evaluate import baseline, evaluate, gate
 from mpruner_dist.steps.plan import plan
 from mpruner_dist.steps.report import report
+from mpruner_dist.steps.result import result
 from mpruner_dist.steps.retrain import retrain
 from mpruner_dist.steps.rewrite import rewrite
 
@@ -24,3 +25,5 @@ STEPS: dict[str, Callable[[Road], Step]] = {
     "report": report,
 }
 """In the order of the road."""
+ROUND_STEPS: dict[str, Callable[[Road], Step]] = {"baseline": baseline, "gate": gate, "result": result}
+"""What rounds do besides: before them, in each, and after them."""

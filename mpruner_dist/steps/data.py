@@ -26,7 +26,7 @@ def data(road: Road) -> Step:
 
         progress = road.folder / "logs/progress.json"
         with show_progress(progress):
-            prepare_data(road.config, road.source, road.folder / "data", progress)
+            prepare_data(road.config, road.source, road.data, progress)
 
     return inputs, ("data/data.json",), make
 

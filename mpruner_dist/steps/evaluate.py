@@ -1,26 +1,52 @@
-"""The stage `evaluate`: quality, size and speed of each model, on the workers."""
+"""The stages that measure models on the workers: `evaluate` on the test; `baseline` and `gate`, of rounds, before."""
+
+from pathlib import Path
 
 from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.road import Road, Step
+from mpruner_dist.runs.folder import Inputs
 
 
 def evaluate(road: Road) -> Step:
-    """Quality, size and speed of each model, on the workers."""
+    """Quality, size and speed of each model on the test part."""
     models = {"original": road.source, "pruned": road.folder / "pruned"}
     if road.config.retrain is not None:
         models["retrained"] = road.folder / "retrained"
-    inputs = {
+    if road.config.rounds is not None and not road.plan().dropped:  # no round was accepted
+        models = {"original": road.source}
+    return _evaluation(road, "evaluation", models, "test")
+
+
+def baseline(road: Road) -> Step:
+    """The original on the validation part: what the rounds are measured against."""
+    return _evaluation(road, "baseline", {"original": road.source}, "validation")
+
+
+def gate(road: Road) -> Step:
+    """What a round made, on the validation part."""
+    result = road.folder / ("pruned" if road.config.retrain is None else "retrained")
+    return _evaluation(road, "gate", {"candidate": result}, "validation")
+
+
+def _evaluation(road: Road, name: str, models: dict[str, Path], part: str) -> Step:
+    """Make `NAME.json`, one entry for each model."""
+    inputs: Inputs = {
         "models": {label: read_checkpoint(path).fingerprint() for label, path in models.items()},
         "dtype": road.config.model.dtype,
-        "test": road.text("test"),
+        part: road.text(part),
         "evaluate": road.config.evaluate.model_dump(),
     }
+    task = road.config.rounds.task if road.config.rounds else None
+    if task is not None:
+        inputs["task"] = task.model_dump(mode="json")
 
     def make() -> None:
         from mpruner_dist.evaluation.job import evaluate_job, write_evaluation
 
-        results = road.work("evaluation", inputs)
-        road.on_workers("evaluate", evaluate_job, models=models, blocks=road.blocks("test"), results=results)
-        write_evaluation(results, list(models), road.folder / "evaluation.json")
+        results = road.work(name, inputs)
+        road.on_workers(
+            name, evaluate_job, models=models, original=road.original, blocks=road.blocks(part), results=results
+        )
+        write_evaluation(results, list(models), road.folder / f"{name}.json")
 
-    return inputs, ("evaluation.json",), make
+    return inputs, (f"{name}.json",), make

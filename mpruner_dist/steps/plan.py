@@ -1,46 +1,126 @@
-"""The stage `plan`: `cka.json` to `plan.json`; instant, no torch."""
+"""The stage `plan`: `cka.json` to `plan.json`; instant, no torch, unless plans are judged by their loss on workers."""
 
 import json
 import logging
+from functools import partial
 from typing import Any
 
 from mpruner_dist.checkpoints.naming import layer_parameters
-from mpruner_dist.plan import format_layers
+from mpruner_dist.config import PlanConfig
+from mpruner_dist.config.plan import JUDGED
+from mpruner_dist.plan import Plan, format_layers
 from mpruner_dist.road import Road, Step
 from mpruner_dist.runs.commit import write_json
 from mpruner_dist.runs.digest import file_digest
+from mpruner_dist.runs.folder import Inputs
 
 log = logging.getLogger(__name__)
 
 
 def plan(road: Road) -> Step:
-    """`cka.json` to `plan.json`: instant, no torch."""
-    given = road.config.plan.file
-    inputs = {
+    """`cka.json` to `plan.json`: instant, no torch, unless plans are judged by their loss on workers."""
+    section = road.config.plan
+    inputs: Inputs = {
         "cka": file_digest(road.folder / "cka.json"),
-        "plan": road.config.plan.model_dump(mode="json"),
-        "file": file_digest(given) if given and given.is_file() else None,
+        "plan": section.model_dump(mode="json"),
+        "at_least": _floor(road),
+        "file": file_digest(section.file) if section.file and section.file.is_file() else None,
     }
+    if section.method in JUDGED:
+        inputs |= judged_inputs(road)
 
     def make() -> None:
         from mpruner_dist.planning.planner import make_plan
 
-        similarity = json.loads((road.folder / "cka.json").read_text())
-        prefix = similarity["layers"][0].rpartition(".")[0]
-        sizes = layer_parameters(road.checkpoint, prefix, len(similarity["layers"]))
-        measured = similarity if road.config.plan.measure == "states" else similarity["updates"]
-        plan = make_plan(
-            measured["cka"],
-            road.config.plan,
-            stderr=measured["stderr"],
-            parameters=sizes,
-            other_parameters=road.checkpoint.num_parameters - sum(sizes),
-            pattern=_pattern(road) if road.config.plan.preserve_pattern else None,
-        )
+        given = measured(road, section)
+        if section.preserve_pattern:
+            given["pattern"] = _pattern(road)
+        plan = _judged(road, given) if section.method in JUDGED else make_plan(**given)
         write_json(road.folder / "plan.json", plan.model_dump())
         log.info("  keeps layers %s of %d", format_layers(plan.kept), plan.num_layers)
+        if plan.judged:
+            log.info(
+                "  loss %.4f without the others, %.4f with them: judged on %d tokens in %.1f passes",
+                plan.judged["loss"], plan.judged["loss_of_the_whole_model"], plan.judged["tokens"],
+                plan.judged["passes"],
+            )  # fmt: skip
 
     return inputs, ("plan.json",), make
+
+
+def measured(road: Road, section: PlanConfig) -> dict[str, Any]:
+    """What `make_plan` is given of this run."""
+    similarity = json.loads((road.folder / "cka.json").read_text())
+    prefix = similarity["layers"][0].rpartition(".")[0]
+    sizes = layer_parameters(road.checkpoint, prefix, len(similarity["layers"]))
+    stream = similarity if section.measure == "states" else similarity["updates"]
+    return {
+        "cka": stream["cka"],
+        "config": section,
+        "stderr": stream["stderr"],
+        "influence": similarity["block_influence"],
+        "angular": similarity["angular_distance"],
+        "parameters": sizes,
+        "other_parameters": road.checkpoint.num_parameters - sum(sizes),
+        "at_least": _floor(road),
+    }
+
+
+def judged_inputs(road: Road) -> Inputs:
+    """What the losses of plans depend on."""
+    return {
+        "model": road.model_id,
+        "dtype": road.config.model.dtype,
+        "validation": road.text("validation"),
+        "batch_size": road.config.evaluate.batch_size,
+    }
+
+
+def judging_blocks(road: Road) -> int:
+    """How many blocks of the validation part plans are judged on."""
+    summary = json.loads((road.data / "data.json").read_text())
+    blocks = int(summary["parts"]["validation"]["blocks"])
+    return min(blocks, road.config.plan.judge_blocks or blocks)
+
+
+def judge(road: Road, texts: dict[str, tuple[int, int]], task: Any, passes: float) -> dict[str, Any]:
+    """Run a task that asks for losses on all workers, and return its result.
+
+    Losses are kept in the run folder by what they depend on: a killed task goes on, and others use them again.
+
+    Args:
+        road: of the run.
+        texts: by name, the first block of the validation part and the end.
+        task: called with a function by each of these names, which makes the losses on that text.
+        passes: about how many forward passes it will ask for.
+    """
+    from mpruner_dist.planning.judge import judge_job
+
+    work = road.work("plan", judged_inputs(road))
+    road.on_workers(
+        "plan", judge_job, model=road.source, blocks=road.blocks("validation"), work=work, texts=texts, task=task,
+        passes=passes,
+    )  # fmt: skip
+    result: dict[str, Any] = json.loads((work / "result.json").read_text())
+    return result
+
+
+def _floor(road: Road) -> int:
+    """How many layers stay whatever a threshold says: the budget of all rounds."""
+    return (road.run.config.plan.keep_layers or 1) if road.run else 1
+
+
+def _judged(road: Road, given: dict[str, Any]) -> Plan:
+    from mpruner_dist.planning.budget import Budget
+    from mpruner_dist.planning.greedy import greedy_passes
+    from mpruner_dist.planning.planner import judged_plan
+
+    section = road.config.plan
+    budget = Budget(section, len(given["cka"]), given["parameters"], given["other_parameters"])
+    passes = section.passes if section.method == "search" else greedy_passes(budget.most, budget.least())
+    return Plan.model_validate(
+        judge(road, {"losses": (0, judging_blocks(road))}, partial(judged_plan, **given), passes)
+    )
 
 
 def _pattern(road: Road) -> Any:

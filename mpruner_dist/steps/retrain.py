@@ -2,13 +2,21 @@
 
 from typing import Any
 
+from mpruner_dist.checkpoints.folder import read_checkpoint
+from mpruner_dist.checkpoints.source import resolve_source
 from mpruner_dist.cluster.settings import Settings, read_deepspeed_config
 from mpruner_dist.errors import UserError
+from mpruner_dist.retraining.freezing import beside_gaps
+from mpruner_dist.retraining.metrics import require_loggers
+from mpruner_dist.retraining.settings import hidden_size, training_settings
 from mpruner_dist.road import Road, Step
 from mpruner_dist.runs.folder import Inputs
 
-SHAPE = {"save_every", "keep_checkpoints", "zero_stage", "micro_batch_size", "deepspeed"}
-"""Of the section `retrain`, what says how the work is cut up and saved, not what comes out of it."""
+SHAPE = {
+    "save_every", "keep_checkpoints", "zero_stage", "micro_batch_size", "activation_checkpointing", "deepspeed",
+    "log_to",
+}  # fmt: skip
+"""Of the section `retrain`, what says how the work is cut up, saved and told, not what comes out of it."""
 DEEPSPEED_SHAPE = {
     # sizes: that of the global batch is in the section `retrain`, and must agree
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
@@ -23,14 +31,19 @@ DEEPSPEED_SHAPE = {
 
 def retrain(road: Road) -> Step:
     """The pruned checkpoint to the retrained one, on the workers."""
-    section = road.config.retrain
+    section, dtype = road.config.retrain, road.config.model.dtype
     if section is None:
         raise UserError("there is no retrain section in the configuration")
+    plan, distillation = road.plan(), section.distillation
+    teacher = None
+    if distillation is not None:
+        teacher = resolve_source(distillation.teacher, None) if distillation.teacher else road.original
     given = read_deepspeed_config(section.deepspeed)
     inputs: Inputs = {
         "model": road.model_id,
-        "kept": road.plan().kept,
-        "dtype": road.config.model.dtype,
+        "kept": plan.kept,
+        "teacher": None if teacher is None else read_checkpoint(teacher).fingerprint(),
+        "dtype": dtype,
         "train": road.text("train"),
         "validation": road.text("validation"),
         "retrain": section.model_dump(exclude=SHAPE),
@@ -39,17 +52,32 @@ def retrain(road: Road) -> Step:
 
     def make() -> None:
         from mpruner_dist.retraining.job import retrain_job, write_summary
+        from mpruner_dist.retraining.matching import require_fitting_teacher
         from mpruner_dist.retraining.resume import prepare_resume
-        from mpruner_dist.retraining.settings import training_settings
 
-        work, workers = road.work("retrain", inputs), road.config.cluster.workers
-        prepare_resume(work, training_settings(given, section, road.config.model.dtype, workers), workers)
+        workers = road.config.cluster.workers
+        settings = training_settings(given, section, dtype, workers, hidden_size(road.checkpoint.config))
+        require_loggers(section.log_to)
+        layers = beside_gaps(plan.kept, plan.num_layers) if section.trainable == "neighbours" else None
+        words = None
+        if distillation is not None and teacher is not None:
+            require_fitting_teacher(teacher, road.original, distillation, road.config.model.trust_remote_code)
+            if distillation.cache:
+                # the same teacher in all rounds
+                words = (road.run or road).work("retrain/teacher", {
+                    **{name: inputs[name] for name in ("teacher", "dtype", "train")},
+                    "words": [distillation.top_k, distillation.temperature],
+                    "order": [section.steps, section.batch_size, section.seed],
+                })  # fmt: skip
+        work = road.work("retrain", inputs)
+        prepare_resume(work, settings, workers)
         road.on_workers(
-            "retrain", retrain_job, given=given, pruned=road.folder / "pruned", teacher=road.source,
+            "retrain", retrain_job, given=given, pruned=road.folder / "pruned", layers=layers, teacher=teacher,
+            teacher_layers=[road.layer_of_original(layer) for layer in plan.kept], words=words,
             train=road.blocks("train"), validation=road.blocks("validation"), work=work,
             target=road.folder / "retrained",
         )  # fmt: skip
-        write_summary(work / "metrics.jsonl", road.folder / "retrain.json")
+        write_summary(work, road.folder / "retrain.json")
 
     return inputs, ("retrained", "retrain.json"), make
 

@@ -1,0 +1,135 @@
+"""Retraining beside the Trainer of transformers: the same model, blocks and DeepSpeed configuration, step by step.
+
+    .venv/bin/python benchmarks/retraining.py        # one worker with all cores
+    .venv/bin/python benchmarks/retraining.py 2      # two workers of one thread
+
+Both train the demo's SmolLM2 in float32 in the same process, a step of the one and then a step of the other. A step's
+time is all that passes in it: for the Trainer from the end of our step before to its own `on_step_end`, so with its
+data loader; for ours with reading the blocks and writing `metrics.jsonl`. The first steps are left out.
+"""
+
+import os
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parent.parent
+MODEL = ROOT / "build/demo/SmolLM2-135M-Instruct"
+BATCH, MICRO_BATCH, TOKENS = 4, 2, 256
+WARM_UP, PAIRS = 2, 12
+DEEPSPEED: dict[str, Any] = {
+    **dict.fromkeys(
+        ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+        "auto",
+    ),
+    "bf16": {"enabled": "auto"},
+    "zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}},
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto"}},
+}
+
+
+def one_rank(rank: int, size: int, port: int, folder: str) -> None:
+    """Time the steps of both; the first worker prints."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo",
+        "TOKENIZERS_PARALLELISM": "false",
+    }  # fmt: skip
+    torch.set_num_threads(max((os.cpu_count() or 1) // size, 1))
+    torch.distributed.init_process_group("gloo")
+    import transformers
+
+    from mpruner_dist.data.blocks import Blocks
+
+    steps = WARM_UP + PAIRS
+    ids = np.random.default_rng(0).integers(0, 49_000, (steps * BATCH, TOKENS)).astype(np.int32)
+    blocks = Blocks(ids, np.full(len(ids), TOKENS, np.int32))
+    ours = our_step(rank, size, blocks, Path(folder))
+    times: dict[str, list[float]] = {"ours": [], "transformers": []}
+    losses: list[float] = []
+
+    class InTurn(transformers.TrainerCallback):  # type: ignore[misc]
+        begun = 0.0
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.begun = time.perf_counter()
+
+        def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+            between = time.perf_counter()
+            losses.append(ours(len(losses)))
+            times["transformers"].append(between - self.begun)
+            times["ours"].append(time.perf_counter() - between)
+            self.begun = time.perf_counter()
+
+    arguments = transformers.TrainingArguments(
+        output_dir=f"{folder}/transformers", max_steps=steps, per_device_train_batch_size=MICRO_BATCH,
+        gradient_accumulation_steps=BATCH // MICRO_BATCH // size, learning_rate=1e-5, warmup_steps=1, report_to=[],
+        deepspeed=DEEPSPEED, use_cpu=True, save_strategy="no", disable_tqdm=True, logging_strategy="no", bf16=False,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    model.config.use_cache = False
+    data = [{"input_ids": row, "attention_mask": np.ones_like(row), "labels": row} for row in ids.astype(np.int64)]
+    transformers.Trainer(model, arguments, train_dataset=data, callbacks=[InTurn()]).train()
+    if rank == 0:
+        report(times, size)
+
+
+def our_step(rank: int, size: int, blocks: Any, folder: Path) -> Any:
+    """A function that does the step of a number, as the stage does."""
+    from mpruner_dist.cluster.engine import make_engine, start_deepspeed
+    from mpruner_dist.cluster.worker import Worker
+    from mpruner_dist.config import RetrainConfig
+    from mpruner_dist.models.loading import load_model
+    from mpruner_dist.retraining.job import Trainer
+    from mpruner_dist.retraining.settings import DataOrder, training_settings
+
+    config = RetrainConfig(
+        steps=WARM_UP + PAIRS, batch_size=BATCH, micro_batch_size=MICRO_BATCH, learning_rate=1e-5, warmup_steps=1
+    )
+    start_deepspeed(torch.device("cpu"))
+    settings = training_settings(DEEPSPEED, config, "float32", size, 576)
+    model = load_model(MODEL, "float32")
+    model.train()
+    engine = make_engine(model, settings, list(model.parameters()))
+    worker = Worker(rank, size, rank, size, "cpu", folder, "retrain")
+    trainer = Trainer(worker, engine, None, config, folder / "ours")
+    trainer.metrics.begin(0, ())
+    order = DataOrder(len(blocks), BATCH, 0)
+
+    def step(number: int) -> float:
+        loss = trainer._step(number, blocks, order)
+        trainer.metrics.record({"step": number + 1, "loss": loss, "lr": engine.get_lr()[0]})
+        return loss
+
+    return step
+
+
+def report(times: dict[str, list[float]], size: int) -> None:
+    """A table of medians, and the ratios of the pairs."""
+    print(f"\n{size} worker(s), {BATCH} x {TOKENS} tokens a step in micro-batches of {MICRO_BATCH}, {PAIRS} pairs\n")
+    print("| | seconds a step (median) | tokens/s |\n|---|--:|--:|")
+    for name in ("transformers", "ours"):
+        median = statistics.median(times[name][WARM_UP:])
+        print(f"| {name} | {median:.3f} | {BATCH * TOKENS / median:.0f} |")
+    ratios = [theirs / mine for theirs, mine in zip(times["transformers"], times["ours"], strict=True)][WARM_UP:]
+    print(
+        f"\nours / transformers in tokens/s: {statistics.median(ratios):.3f} "
+        f"(median of the pairs; {min(ratios):.3f} to {max(ratios):.3f})"
+    )
+
+
+if __name__ == "__main__":
+    size = int(sys.argv[1]) if len(sys.argv) > 1 else 1
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        torch.multiprocessing.spawn(one_rank, (size, port, folder), nprocs=size)

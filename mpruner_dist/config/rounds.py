@@ -1,0 +1,45 @@
+"""The section `rounds`."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from mpruner_dist.config.base import NonNegative, Positive, Section
+
+
+class TaskConfig(Section):
+    """A task of the lm-evaluation-harness, an optional extra."""
+
+    name: str
+    """As the harness knows it, such as arc_easy."""
+    metric: str | None = None
+    """Such as acc_norm; without it, the first that the task reports."""
+    folder: Path | None = None
+    """A folder with task files of your own."""
+    fewshot: NonNegative | None = None
+    """Examples in the prompt; without it, the task's own number."""
+    limit: Positive | None = None
+    """Take only the first so many questions."""
+
+
+class RoundsConfig(Section):
+    """How often to prune, and what must not be lost. Left out, the road is walked once and nothing is judged."""
+
+    tolerance: Annotated[float, Field(gt=0)]
+    """How much worse than the original the metric may be: of perplexity a share of it, 0.1 is a tenth more; of accuracy
+    and of tasks the difference, 0.02 is two points."""
+    metric: Literal["perplexity", "accuracy", "task"] = "perplexity"
+    """Of the next token on the validation text, or of a task."""
+    task: TaskConfig | None = None
+    remove: Positive | None = None
+    """Layers that a round removes where plan.method has no threshold; a half, then a third of it after a roll-back."""
+    max_rounds: Positive = 8
+    max_stride: Annotated[int, Field(ge=1)] = 3
+    """Give up on a model that broke the tolerance at this stride."""
+
+    @model_validator(mode="after")
+    def _task_is_named(self) -> Self:
+        if (self.metric == "task") != (self.task is not None):
+            raise ValueError("metric task and rounds.task go together: give both or neither")
+        return self

@@ -1,0 +1,83 @@
+"""A task of the lm-evaluation-harness on a model in a DeepSpeed engine. The harness is the optional extra `eval`."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from mpruner_dist.config import TaskConfig
+from mpruner_dist.data.prepare import load_tokenizer
+from mpruner_dist.errors import StageFailure, UserError
+
+
+def run_task(engine: Any, folder: Path, task: TaskConfig, batch_size: int, trust_remote_code: bool) -> dict[str, Any]:
+    """Run a task on every worker, for under ZeRO stage 3 all must take part in every forward pass.
+
+    Args:
+        engine: only runs forward.
+        folder: of the model, for its tokenizer.
+        task: which one, and how much of it.
+        batch_size: questions at a time.
+        trust_remote_code: run code that lies in the folder.
+
+    Returns:
+        `task`, the value of the metric; `task_metric`, its name; `task_less_is_better`. Empty on workers that the
+        harness gives no results.
+
+    Raises:
+        UserError: the harness is not installed, does not know the task, or the task has not the metric.
+        StageFailure: the value is not finite.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(
+            f"rounds.metric task needs the extra eval: pip install 'mpruner-dist[eval]' ({error})"
+        ) from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager(include_path=None if task.folder is None else str(task.folder))
+    if task.name not in manager.all_tasks:
+        where = "" if task.folder is None else f" nor {task.folder}"
+        raise UserError(f"neither the lm-evaluation-harness{where} has a task {task.name!r}: check rounds.task.name")
+    model = HFLM(
+        pretrained=engine.module,
+        tokenizer=load_tokenizer(folder, trust_remote_code),
+        backend="causal",
+        batch_size=batch_size,
+    )
+    found = lm_eval.simple_evaluate(
+        model=model,
+        tasks=[task.name],
+        num_fewshot=task.fewshot,
+        limit=task.limit,
+        task_manager=manager,
+        bootstrap_iters=0,
+        log_samples=False,
+    )
+    return {} if found is None else read_value(found, task)
+
+
+def read_value(found: Any, task: TaskConfig) -> dict[str, Any]:
+    """The metric's value among the harness's results, whose keys are `METRIC,FILTER`.
+
+    Raises:
+        UserError: the task has not the metric.
+        StageFailure: the value is not finite.
+    """
+    results = found["results"][task.name]
+    values = {
+        key.partition(",")[0]: value
+        for key, value in results.items()
+        if isinstance(value, int | float) and "_stderr" not in key and "," in key
+    }
+    name = task.metric or next(iter(values), "")
+    if name not in values:
+        raise UserError(
+            f"the task {task.name} has no metric {name!r}: set rounds.task.metric to one of {', '.join(values)}"
+        )
+    if not math.isfinite(values[name]):
+        raise StageFailure(f"{name} of the task {task.name} is {values[name]}: check the task and the model")
+    more_is_better = found["higher_is_better"].get(task.name, {}).get(name, True)
+    return {"task": float(values[name]), "task_metric": name, "task_less_is_better": more_is_better is False}

@@ -1,0 +1,99 @@
+"""How many layers must go. L layers."""
+
+from collections.abc import Callable, Sequence
+
+from mpruner_dist.config import PlanConfig
+from mpruner_dist.errors import UserError
+from mpruner_dist.planning.proposals import Proposal
+
+
+def protected_layers(depth: int, config: PlanConfig) -> set[int]:
+    """The first and last layers that never go."""
+    return {*range(min(config.protect_first, depth)), *range(max(depth - config.protect_last, 0), depth)}
+
+
+class Budget:
+    """`keep_layers` or `target_parameters` of a configuration, for a model of `depth` layers.
+
+    Args:
+        config: has one of the two.
+        depth: L.
+        parameters: of each layer; needed for `target_parameters`.
+        other_parameters: of the model outside its layers.
+
+    Raises:
+        UserError: so many layers cannot stay.
+    """
+
+    def __init__(
+        self, config: PlanConfig, depth: int, parameters: Sequence[int] | None = None, other_parameters: int = 0
+    ) -> None:
+        self.config, self.depth = config, depth
+        self.protected = protected_layers(depth, config)
+        self.most = depth - max(len(self.protected), 1)
+        """Layers that can go: one always stays."""
+        self.sizes, self.other = parameters or [], other_parameters
+        keep = config.keep_layers
+        if keep is not None and keep > depth:
+            raise UserError(f"plan.keep_layers: {keep} layers cannot be kept of {depth}")
+        if keep is not None and keep < len(self.protected):
+            raise UserError(
+                f"plan.keep_layers: keeping {keep} layers would remove one of the protected {sorted(self.protected)}"
+            )
+
+    def is_met(self, dropped: list[int]) -> bool:
+        """Whether enough layers go."""
+        if self.config.keep_layers is not None:
+            return self.depth - len(dropped) <= self.config.keep_layers
+        return self.left(dropped) <= (self.config.target_parameters or 0)
+
+    def free(self) -> list[int]:
+        """The layers that may go.
+
+        Raises:
+            UserError: without all of them but one that always stays the model is still too large.
+        """
+        free = [layer for layer in range(self.depth) if layer not in self.protected]
+        least = sorted(free, key=lambda layer: self.sizes[layer] if self.sizes else 0)[len(free) - self.most :]
+        if not self.is_met(least):
+            raise self.missed(least)
+        return free
+
+    def least(self) -> int:
+        """The fewest layers that meet the budget, if the largest went.
+
+        Raises:
+            UserError: none do.
+        """
+        largest = sorted(self.free(), key=lambda layer: -self.sizes[layer] if self.sizes else 0)
+        return next(count for count in range(self.most + 1) if self.is_met(largest[:count]))
+
+    def left(self, dropped: list[int]) -> int:
+        """Parameters of the model without these layers."""
+        return self.other + sum(size for layer, size in enumerate(self.sizes) if layer not in dropped)
+
+    def fewest(self, propose: Callable[[int], Proposal]) -> Proposal:
+        """The proposal that removes fewest layers and meets the budget; `propose` is told how many must go.
+
+        Raises:
+            UserError: there is none.
+        """
+        keep = self.config.keep_layers
+        proposal = Proposal([], {})
+        for remove in range(self.most + 1) if keep is None else [self.depth - keep]:
+            try:
+                proposal = propose(remove)
+            except ValueError as error:
+                if keep is not None:
+                    raise UserError(f"plan.keep_layers: {error}") from error
+                break  # nor can more go
+            if self.is_met(proposal.dropped):
+                return proposal
+        raise self.missed(proposal.dropped)
+
+    def missed(self, dropped: list[int]) -> UserError:
+        """What to say where no more than these layers can go, and that is not enough."""
+        return UserError(
+            f"plan.target_parameters {self.config.target_parameters:,} cannot be met: with {self.depth - len(dropped)} "
+            f"of {self.depth} layers the model still has {self.left(dropped):,} parameters"
+        )

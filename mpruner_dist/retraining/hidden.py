@@ -1,0 +1,38 @@
+"""Hidden states after the blocks of a model, taken while it runs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from mpruner_dist.models.blocks import hidden_states_of
+
+
+class HiddenStates:
+    """Hooks on blocks; what they return is kept while `recording`.
+
+    Outside it they keep nothing: activation checkpointing runs blocks again on the way back.
+    """
+
+    def __init__(self, blocks: torch.nn.ModuleList, layers: list[int]) -> None:
+        self.layers = layers
+        self._states: dict[int, torch.Tensor] | None = None
+        for layer in layers:
+            blocks[layer].register_forward_hook(partial(self._keep, layer))
+
+    def _keep(self, layer: int, _: torch.nn.Module, args: Any, output: Any) -> None:
+        if self._states is not None:
+            self._states[layer] = hidden_states_of(output)
+
+    @contextmanager
+    def recording(self) -> Iterator[list[torch.Tensor]]:
+        """A list that is filled when the block ends: the states after each layer, [batch, tokens, width]."""
+        taken: list[torch.Tensor] = []
+        self._states = {}
+        try:
+            yield taken
+            taken += [self._states[layer] for layer in self.layers]
+        finally:
+            self._states = None

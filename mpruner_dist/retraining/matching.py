@@ -1,0 +1,57 @@
+"""Whether a teacher can teach a model: looked at in its files, before anything is loaded."""
+
+from pathlib import Path
+from typing import Any
+
+from mpruner_dist.config import DistillationConfig
+from mpruner_dist.data.prepare import load_tokenizer
+from mpruner_dist.errors import UserError
+from mpruner_dist.models.loading import read_config
+
+
+def require_fitting_teacher(
+    teacher: Path, model: Path, config: DistillationConfig, trust_remote_code: bool = False
+) -> None:
+    """Compare vocabularies, and what the hidden states need.
+
+    Args:
+        teacher: its folder.
+        model: folder of the unpruned model.
+        config: what is to be learnt.
+        trust_remote_code: run code that lies in the folders.
+
+    Raises:
+        UserError: the teacher's words, or the layers that are asked for, are not the model's.
+    """
+    mine = read_config(model, trust_remote_code).get_text_config()
+    if config.top_k is not None and config.top_k > mine.vocab_size:
+        raise UserError(
+            f"retrain.distillation.top_k {config.top_k} is more than the {mine.vocab_size} words of the vocabulary"
+        )
+    if teacher == model:
+        return
+    where = f"retrain.distillation.teacher {teacher}"
+    theirs = read_config(teacher, trust_remote_code).get_text_config()
+    if theirs.vocab_size != mine.vocab_size:
+        raise UserError(
+            f"{where} has a vocabulary of {theirs.vocab_size} words, the model one of {mine.vocab_size}: their "
+            "predictions cannot be compared; take a teacher of the same family"
+        )
+    _require_same_ids(where, *(load_tokenizer(folder, trust_remote_code).get_vocab() for folder in (teacher, model)))
+    if config.hidden_weight:
+        for name in ("hidden_size", "num_hidden_layers"):
+            if getattr(theirs, name) != getattr(mine, name):
+                raise UserError(
+                    f"{where} has {name} {getattr(theirs, name)}, the model {getattr(mine, name)}: hidden states can "
+                    "be compared layer by layer only where both are equal; set retrain.distillation.hidden_weight 0"
+                )
+
+
+def _require_same_ids(where: str, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
+    different = sorted(token for token in theirs.keys() | mine.keys() if theirs.get(token) != mine.get(token))
+    if different:
+        token = different[0]
+        raise UserError(
+            f"{where} numbers {len(different)} words otherwise than the model, such as {token!r}: "
+            f"{theirs.get(token)} there, {mine.get(token)} here; take a teacher with the same tokenizer"
+        )

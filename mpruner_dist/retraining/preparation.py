@@ -1,0 +1,57 @@
+"""The loaded model made ready to train: what is frozen, adapters, activations kept or computed again."""
+
+from typing import Any
+
+import torch
+
+from mpruner_dist.checkpoints.export import Weight, match_names
+from mpruner_dist.checkpoints.folder import CheckpointFolder
+from mpruner_dist.config import RetrainConfig
+from mpruner_dist.errors import UserError
+from mpruner_dist.models.stacks import only_blocks
+from mpruner_dist.retraining.adapters import attach_adapters
+
+
+def prepare_model(
+    model: Any, pruned: CheckpointFolder, config: RetrainConfig, layers: list[int] | None
+) -> dict[str, Weight]:
+    """Freeze, attach adapters, switch activation checkpointing on.
+
+    Args:
+        model: loaded from `pruned`, its parameters partitioned or not.
+        pruned: the folder.
+        config: what to do.
+        layers: the only ones to train; None for all of the model.
+
+    Returns:
+        How each tensor of the folder gets its new value.
+
+    Raises:
+        UserError: the model cannot do what is asked for.
+        StageFailure: a tensor that could not be written back.
+    """
+    parameters = match_names(model, pruned, str(model.base_model_prefix))
+    if layers is not None:
+        model.requires_grad_(False)
+        blocks = only_blocks(model)
+        for layer in layers:
+            blocks[layer].requires_grad_(True)
+    weights = {name: Weight(parameter) for name, parameter in parameters.items()}
+    if config.lora is not None:
+        adapters = attach_adapters(model, config.lora, layers, config.seed)
+        weights = {name: adapters.get(id(parameter), Weight(parameter)) for name, parameter in parameters.items()}
+    if config.activation_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise UserError(f"{type(model).__name__} has no activation checkpointing: leave it out of retrain")
+        # the other kind would need inputs with gradients, which frozen embeddings do not give
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    return {
+        name: weight if weight.parameter.requires_grad else Weight(weight.parameter, True, weight.beside, weight.added)
+        for name, weight in weights.items()
+    }
+
+
+def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """What the optimizer is given."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]

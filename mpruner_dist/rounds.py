@@ -1,0 +1,188 @@
+"""Rounds, as MPruner publishes them (arXiv 2408.13482): prune, retrain, measure; accept, or roll back and prune less.
+
+Each round is a walk of the road in a folder of its own, `round-01` and so on, from the last model that was accepted.
+The loop keeps no state but `rounds.json`, which it can write anew from the rounds' own artefacts: the same command
+resumes.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from mpruner_dist.config import CLUSTERED, Config, RoundsConfig
+from mpruner_dist.road import Road
+from mpruner_dist.runs.commit import write_json
+from mpruner_dist.runs.folder import RunFolder
+from mpruner_dist.steps import ROUND_STEPS, STEPS
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model that rounds start from."""
+
+    round: int
+    """The round that made it; 0 is the original."""
+    path: str
+    layers: list[int]
+    """Its layers, by their numbers in the original."""
+
+
+def prune_in_rounds(road: Road) -> None:
+    """Walk round after round until one of the reasons to stop; then put the result into the run folder.
+
+    Stops where a plan removes nothing, the budget of layers is reached, no stride is left, or after `max_rounds`.
+
+    Args:
+        road: of the whole run, whose text is made.
+
+    Raises:
+        UserError: the input is wrong, or the folder was made by another configuration.
+        StageFailure: a stage could not finish.
+    """
+    config = _rounds(road.config)
+    _walk(road, ["baseline"])
+    original = json.loads((road.folder / "baseline.json").read_text())["original"]
+    base, stride = Base(0, road.config.model.path, list(range(original["layers"]))), 1
+    history: list[dict[str, Any]] = []
+    rejected: list[tuple[int, list[int]]] = []
+    folders: dict[int, RunFolder] = {}
+    while not (stop := _reason_to_stop(road.config, base, stride, len(history))):
+        number = len(history) + 1
+        current = _begin_round(road, number, base, stride, folders)
+        plan = current.plan()
+        if not plan.dropped:
+            stop = "no layers are alike enough: every cluster is a single layer"
+            break
+        entry: dict[str, Any] = {
+            "round": number, "folder": current.folder.path.name, "base": base.round, "stride": stride,
+            "removed": [base.layers[layer] for layer in plan.dropped],
+            "kept": [base.layers[layer] for layer in plan.kept],
+        }  # fmt: skip
+        if (base.round, plan.kept) in rejected:
+            entry |= {"accepted": False, "why": "the plan is that of a round that was rolled back"}
+        else:
+            entry |= _measure(current, config, original)
+        history.append(entry)
+        if entry["accepted"]:
+            result = current.folder / ("pruned" if road.config.retrain is None else "retrained")
+            base = Base(number, str(result), entry["kept"])
+        else:
+            rejected.append((base.round, plan.kept))
+            stride += 1
+        log.info("round %d  %s: %s", number, "accepted" if entry["accepted"] else "rolled back", entry["why"])
+        _write(road, config, original, history, "")
+    _write(road, config, original, history, stop)
+    log.info("rounds    end: %s", stop)
+    if base.round == 0:
+        log.warning("no round stayed within the tolerance of %g: the original is kept as it is", config.tolerance)
+    _walk(road, ["result"])
+
+
+def _reason_to_stop(config: Config, base: Base, stride: int, done: int) -> str:
+    """Why no further round is begun; empty if one is."""
+    rounds = _rounds(config)
+    if done == rounds.max_rounds:
+        return f"rounds.max_rounds: {done} rounds are done"
+    if stride > rounds.max_stride:
+        return f"no stride is left: at stride {rounds.max_stride} the tolerance was broken too"
+    if len(base.layers) <= (config.plan.keep_layers or 1):
+        return f"the budget is reached: {len(base.layers)} layers are left"
+    return ""
+
+
+def _begin_round(road: Road, number: int, base: Base, stride: int, folders: dict[int, RunFolder]) -> Road:
+    """Collect and plan; where an earlier round began from the same model, its similarities are taken over."""
+    config = round_config(road.config, base, stride)
+    folder = RunFolder(road.folder / f"round-{number:02d}", config.to_yaml())
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    log.info(
+        "round %d  from %s with %d layers, stride %d",
+        number, f"round {base.round}" if base.round else "the original", len(base.layers), stride,
+    )  # fmt: skip
+    if base.round in folders:
+        folder.adopt("collect", folders[base.round])
+    folders[base.round] = folder
+    current = Road(config, folder, run=road, layers=base.layers)
+    _walk(current, ["collect", "plan"])
+    return current
+
+
+def round_config(config: Config, base: Base, stride: int) -> Config:
+    """What a round is asked to do: another model, and a plan as gentle as the stride."""
+    if config.plan.method in CLUSTERED:
+        changes = {"stride": stride, "keep_layers": None}
+    else:
+        removed = -(-(_rounds(config).remove or 1) // stride)
+        changes = {"keep_layers": max(config.plan.keep_layers or 1, len(base.layers) - removed)}
+    plan = config.plan.model_copy(update=changes)
+    model = config.model.model_copy(update={"path": base.path})
+    return config.model_copy(update={"plan": plan, "model": model})
+
+
+def _measure(road: Road, config: RoundsConfig, original: dict[str, Any]) -> dict[str, Any]:
+    """Rewrite, retrain and measure what the plan leaves, and decide."""
+    _walk(road, ["rewrite", *(["retrain"] if road.config.retrain is not None else []), "gate"])
+    candidate = json.loads((road.folder / "gate.json").read_text())["candidate"]
+    share = less_is_better(config, original)
+    change = candidate[config.metric] - original[config.metric]
+    if share:
+        change /= original[config.metric]
+    lost = change if share else -change
+    return {
+        "layers": candidate["layers"],
+        "parameters": candidate["parameters"],
+        "metric": candidate[config.metric],
+        "change": change_text(change, share),
+        "accepted": lost <= config.tolerance,
+        "seconds": sum(stage["seconds"] for stage in road.folder.stages.values()),
+        "why": f"{config.metric} {original[config.metric]:.4g} -> {candidate[config.metric]:.4g}, "
+        f"{change_text(change, share)}, where {limit_text(config, share)}",
+    }
+
+
+def less_is_better(config: RoundsConfig, original: dict[str, Any]) -> bool:
+    """Whether the metric is one that grows with the damage; its tolerance is a share of the original's then."""
+    return config.metric == "perplexity" or bool(original.get("task_less_is_better", False))
+
+
+def change_text(change: float, share: bool) -> str:
+    """A change of the metric, as a share of the original's or as a difference."""
+    return f"{100 * change:+.1f} %" if share else f"{change:+.4f}"
+
+
+def limit_text(config: RoundsConfig, share: bool) -> str:
+    """What change is tolerated."""
+    return f"at most {100 * config.tolerance:+g} % is tolerated" if share else f"{-config.tolerance:+g} is tolerated"
+
+
+def _write(
+    road: Road, config: RoundsConfig, original: dict[str, Any], history: list[dict[str, Any]], stop: str
+) -> None:
+    share, before = less_is_better(config, original), original[config.metric]
+    content = {
+        "metric": config.metric,
+        "task": f"{config.task.name} {original['task_metric']}" if config.task else None,
+        "tolerance": config.tolerance,
+        "limit": limit_text(config, share),
+        "worst": before * (1 + config.tolerance) if share else before - config.tolerance,
+        "original": {name: original[name] for name in ("layers", "parameters", config.metric)},
+        "rounds": history,
+        "stopped": stop or None,
+    }
+    write_json(road.folder / "rounds.json", content)
+
+
+def _walk(road: Road, names: list[str]) -> None:
+    for name in names:
+        inputs, outputs, make = (STEPS | ROUND_STEPS)[name](road)
+        remedy = f"delete {road.folder.path if road.run else 'its rounds'} and run again"
+        road.folder.stage(name, inputs, outputs, make, remedy=remedy)
+
+
+def _rounds(config: Config) -> RoundsConfig:
+    if config.rounds is None:
+        raise ValueError("the configuration has no rounds")
+    return config.rounds

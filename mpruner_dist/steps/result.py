@@ -1,0 +1,72 @@
+"""The stage `result`: what the accepted rounds left, in the run folder as if it had been made in one go."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mpruner_dist.plan import Plan, read_plan
+from mpruner_dist.road import Road, Step
+from mpruner_dist.runs.commit import commit_folder, write_bytes, write_json
+
+
+def result(road: Road) -> Step:
+    """`plan.json` and `layer_map.json` in the original's layers, and the folders of the last accepted round."""
+    rounds = json.loads((road.folder / "rounds.json").read_text())
+    accepted = [entry for entry in rounds["rounds"] if entry["accepted"]]
+    inputs = {"accepted": accepted}
+    folders = ["pruned"] if road.config.retrain is None else ["pruned", "retrained"]
+    files = [] if road.config.retrain is None else ["retrain.json"]
+    outputs = ("cka.json", "plan.json", *(folders + files if accepted else ()))
+
+    def make() -> None:
+        write_bytes(road.folder / "cka.json", (road.folder / "round-01/cka.json").read_bytes())
+        plan = _plan_in_original_layers(road, accepted)
+        write_json(road.folder / "plan.json", plan.model_dump())
+        if accepted:
+            last = road.folder / accepted[-1]["folder"]
+            for name in files:
+                write_bytes(road.folder / name, (last / name).read_bytes())
+            for name in folders:
+                _link_folder(last / name, road.folder / name, plan)
+
+    return inputs, outputs, make
+
+
+def _plan_in_original_layers(road: Road, accepted: list[dict[str, Any]]) -> Plan:
+    """The plans of the rounds, one after another, as one."""
+    depth = len(json.loads((road.folder / "cka.json").read_text())["layers"])
+    kept, reasons = list(range(depth)), {}
+    for entry in accepted:
+        plan = read_plan(road.folder / entry["folder"] / "plan.json", len(kept))
+        for layer in plan.dropped:
+            reason = plan.reasons.get(str(layer), "not stated")
+            if isinstance(reason, dict):
+                reason = reason | {"round": entry["round"]}
+                if "like" in reason:
+                    reason["like"] = kept[reason["like"]]
+            reasons[str(kept[layer])] = reason
+        kept = [kept[layer] for layer in plan.kept]
+    return Plan.keeping(depth, kept, reasons=reasons, method=road.config.plan.method)
+
+
+def _link_folder(source: Path, target: Path, plan: Plan) -> None:
+    """A folder whose weights are the same files on disk as the round's, with a map from the original's layers."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial, copy_function=_link_weights)
+    layers = json.loads((partial / "layer_map.json").read_text())
+    layers |= {"old_to_new": {str(old): new for new, old in enumerate(plan.kept)}, "new_to_old": plan.kept}
+    write_json(partial / "layer_map.json", layers)
+    commit_folder(partial, target)
+
+
+def _link_weights(source: str, target: str) -> None:
+    if source.endswith(".safetensors"):
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # a file system without links
+            pass
+    shutil.copyfile(source, target)

@@ -1,0 +1,339 @@
+"""Rounds: what they decide, where they begin and why they end; and a whole loop on a small model."""
+
+import html
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer, write_config
+from test_reporting import edit, make_run
+
+from mpruner_dist import rounds
+from mpruner_dist.config import Config
+from mpruner_dist.errors import UserError
+from mpruner_dist.evaluation.tasks import read_value
+from mpruner_dist.plan import Plan, read_plan
+from mpruner_dist.reporting.report import write_report
+from mpruner_dist.reporting.rounds import round_rows, rounds_figure, rounds_summary
+from mpruner_dist.reporting.status import status_of_rounds
+from mpruner_dist.rewriting.proof import verify_checkpoint
+from mpruner_dist.runs.commit import write_json
+from mpruner_dist.runs.folder import open_run
+
+DEPTH = 12
+
+
+def make_config(tolerance: float = 0.1, metric: str = "perplexity", plan: dict | None = None, **options: Any) -> Config:
+    parts = ("calibration", "train", "validation", "test")
+    return Config.model_validate({
+        "model": {"path": "original"},
+        "data": {part: {"path": f"{part}.txt"} for part in parts},
+        "plan": plan or {"method": "anchor"},
+        "retrain": {"steps": 30},
+        "rounds": {"tolerance": tolerance, "metric": metric, **options},
+    })  # fmt: skip
+
+
+class Loop:
+    """The loop with stages that only write what the decisions need: real folders and manifests, no model."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
+        self.folder, self.config = folder, config
+        self.plan: Callable[[int, Any], list[int]] = lambda depth, plan: list(range(2, depth, plan.stride + 1))
+        self.value: Callable[[list[int]], float] = lambda kept: 10.0 + (DEPTH - len(kept)) / 10
+        self.made: list[str] = []
+        monkeypatch.setattr(rounds, "STEPS", {n: self.step(n) for n in ("collect", "plan", "rewrite", "retrain")})
+        monkeypatch.setattr(rounds, "ROUND_STEPS", {name: self.step(name) for name in ("baseline", "gate", "result")})
+        monkeypatch.setattr(rounds, "Road", self.road)
+
+    def road(self, config: Config, folder: Any, run: Any = None, layers: Any = None) -> Any:
+        def read() -> Plan:
+            return read_plan(folder / "plan.json")
+
+        return SimpleNamespace(config=config, folder=folder, run=run, plan=read)
+
+    def step(self, name: str) -> Any:
+        def step(road: Any) -> Any:
+            where = road.folder / f"{name}.json"
+            return {"model": road.config.model.path}, (where.name,), lambda: write_json(where, self.content(name, road))
+
+        return step
+
+    def content(self, name: str, road: Any) -> Any:
+        self.made.append(f"{road.folder.path.name} {name}")
+        if name == "plan":
+            depth = self.layers(road.config.model.path)
+            dropped = self.plan(len(depth), road.config.plan)
+            return Plan.keeping(len(depth), [at for at in range(len(depth)) if at not in dropped]).model_dump()
+        if name == "gate":
+            entry = json.loads((road.folder / "plan.json").read_text())
+            layers = self.layers(road.config.model.path)
+            kept = [layers[at] for at in entry["kept"]]
+            write_json(road.folder / "retrained.layers.json", kept)
+            value = self.value(kept)
+            counts = {"layers": len(kept), "parameters": 100 * len(kept)}
+            return {"candidate": counts | {"perplexity": value, "accuracy": value}}
+        if name == "baseline":
+            return {"original": {"layers": DEPTH, "parameters": 1200, "perplexity": 10.0, "accuracy": 0.5}}
+        return {}
+
+    def layers(self, path: str) -> list[int]:
+        known = Path(f"{path}.layers.json")
+        return json.loads(known.read_text()) if known.exists() else list(range(DEPTH))
+
+    def run(self) -> dict[str, Any]:
+        with open_run(self.folder, self.config.to_yaml()) as folder:
+            rounds.prune_in_rounds(self.road(self.config, folder))
+        return json.loads((self.folder / "rounds.json").read_text())
+
+
+@pytest.fixture
+def loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Loop]:
+    return lambda **options: Loop(tmp_path / "run", monkeypatch, make_config(**options))
+
+
+def decisions(record: dict[str, Any]) -> list[tuple[int, int, int, bool]]:
+    return [(len(entry["kept"]), entry["base"], entry["stride"], entry["accepted"]) for entry in record["rounds"]]
+
+
+def test_accepted_rounds_go_on_from_the_result_and_rejected_ones_from_the_last_accepted(loop: Any) -> None:
+    """At stride 1 each round removes layers 2, 4, 6...; ten percent are ten layers' worth of tenths."""
+    made = loop(tolerance=0.06)
+    record = made.run()
+    assert decisions(record)[:3] == [(7, 0, 1, True), (4, 1, 1, False), (5, 1, 2, False)]
+    assert record["rounds"][0]["removed"] == [2, 4, 6, 8, 10]
+    # the second round's layers are told by their numbers in the original
+    assert record["rounds"][1]["removed"] == [3, 7, 11]
+    assert set(record["rounds"][1]["kept"]) < set(record["rounds"][0]["kept"])
+    assert record["rounds"][1]["why"] == "perplexity 10 -> 10.8, +8.0 %, where at most +6 % is tolerated"
+    assert "at stride 3" in record["stopped"]
+
+
+def test_a_round_from_the_same_model_takes_over_its_similarities(loop: Any) -> None:
+    made = loop(tolerance=0.06)
+    made.run()
+    assert [line for line in made.made if "collect" in line] == ["round-01 collect", "round-02 collect"]
+    assert (made.folder / "round-03/collect.json").exists()
+
+
+def test_the_same_command_again_makes_nothing_and_decides_the_same(loop: Any) -> None:
+    made = loop(tolerance=0.06)
+    first = made.run()
+    made.made.clear()
+    assert made.run() == first
+    assert made.made == []
+
+
+def test_interrupted_it_goes_on_where_it_was(loop: Any) -> None:
+    undisturbed = loop(tolerance=0.06)
+    expected = undisturbed.run()
+    made = loop(tolerance=0.06)
+    made.folder = made.folder.with_name("interrupted")
+    value, calls = made.value, []
+
+    def stop_in_the_second_round(kept: list[int]) -> float:
+        calls.append(kept)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return value(kept)
+
+    made.value = stop_in_the_second_round
+    with pytest.raises(KeyboardInterrupt):
+        made.run()
+    made.value = value
+    record = made.run()
+    for one, other in zip(record["rounds"], expected["rounds"], strict=True):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+
+
+def test_a_first_round_beyond_the_tolerance_keeps_the_original_and_says_so(loop: Any, caplog: Any) -> None:
+    made = loop(tolerance=0.001)
+    with caplog.at_level("WARNING", "mpruner_dist"):
+        record = made.run()
+    assert [entry["accepted"] for entry in record["rounds"]] == [False, False, False]
+    assert [entry["base"] for entry in record["rounds"]] == [0, 0, 0]
+    assert "no round stayed within the tolerance of 0.001: the original is kept as it is" in caplog.text
+    assert rounds_summary(record | {"metric": "perplexity"})[0].startswith("No round stayed within the tolerance")
+
+
+def test_clusters_of_single_layers_end_it(loop: Any) -> None:
+    made = loop()
+    made.plan = lambda depth, plan: [1] if depth == DEPTH else []
+    record = made.run()
+    assert decisions(record) == [(11, 0, 1, True)]
+    assert record["stopped"] == "no layers are alike enough: every cluster is a single layer"
+
+
+def test_a_plan_that_was_rolled_back_is_not_trained_again(loop: Any) -> None:
+    """Clusters of two layers lose the same one at every stride."""
+    made = loop(tolerance=0.001)
+    made.plan = lambda depth, plan: [3]
+    record = made.run()
+    assert [entry.get("metric") for entry in record["rounds"]] == [pytest.approx(10.1), None, None]
+    assert record["rounds"][1]["why"] == "the plan is that of a round that was rolled back"
+    assert [line for line in made.made if "retrain" in line] == ["round-01 retrain"]
+
+
+def test_max_rounds_end_it(loop: Any) -> None:
+    made = loop(tolerance=10.0, max_rounds=1)
+    assert made.run()["stopped"] == "rounds.max_rounds: 1 rounds are done"
+
+
+def test_the_budget_ends_it(loop: Any) -> None:
+    made = loop(tolerance=10.0, plan={"method": "partition", "keep_layers": 9}, remove=2)
+    made.plan = lambda depth, plan: list(range(1, 1 + depth - plan.keep_layers))
+    record = made.run()
+    assert decisions(record) == [(10, 0, 1, True), (9, 1, 1, True)]
+    assert record["stopped"] == "the budget is reached: 9 layers are left"
+
+
+def test_a_method_with_a_budget_removes_less_after_each_roll_back(loop: Any) -> None:
+    made = loop(tolerance=0.025, plan={"method": "partition", "keep_layers": 9}, remove=5)
+    made.plan = lambda depth, plan: list(range(1, 1 + depth - plan.keep_layers))
+    record = made.run()
+    # twelve layers; five would leave seven, but nine are the budget; then three, then two
+    assert decisions(record) == [(9, 0, 1, False), (9, 0, 2, False), (10, 0, 3, True), (9, 3, 3, False)]
+    assert record["rounds"][1]["why"] == "the plan is that of a round that was rolled back"
+
+
+def test_accuracy_is_judged_by_difference(loop: Any) -> None:
+    made = loop(tolerance=0.02, metric="accuracy", max_rounds=2)
+    values = iter([0.49, 0.47])
+    made.value = lambda kept: next(values)
+    record = made.run()
+    assert [entry["accepted"] for entry in record["rounds"]] == [True, False]
+    assert record["rounds"][1]["why"] == "accuracy 0.5 -> 0.47, -0.0300, where -0.02 is tolerated"
+
+
+def test_another_configuration_is_refused_with_the_way_out(loop: Any) -> None:
+    made = loop(tolerance=0.06)
+    made.run()
+    made.config = made.config.model_copy(update={"model": made.config.model.model_copy(update={"path": "another"})})
+    with pytest.raises(UserError, match=r"model: was 'original', is 'another'\n.*delete its rounds and run again"):
+        made.run()
+
+
+def test_what_is_told_of_rounds(loop: Any) -> None:
+    made = loop(tolerance=0.06)
+    record = made.run()
+    rows = round_rows(record)
+    assert rows[0][:7] == ("1", "original", "1", "2, 4, 6, 8, 10", "7", "0.0 M", "10.5")
+    assert (rows[0][7], rows[0][9], rows[1][9]) == ("+5.0 %", "accepted", "rolled back")
+    assert "<svg" in rounds_figure(record)
+    told = dict(status_of_rounds(made.folder))
+    assert told["round-01"].startswith("accepted: perplexity 10 -> 10.5")
+    assert told["round-02 gate"].startswith("done in")
+    assert told["rounds"].startswith("end: no stride is left")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rounds": {"tolerance": 0}}, "greater than 0"),
+        ({"rounds": {"tolerance": 0.1, "metric": "task"}}, "metric task and rounds.task go together"),
+        ({"plan": {"method": "file", "file": "plan.json"}}, "plan.method file gives only one"),
+        ({"plan": {"method": "partition", "keep_layers": 9}}, "must be given as rounds.remove"),
+        ({"rounds": {"tolerance": 0.1, "remove": 2}}, "is decided by plan.threshold"),
+        ({"data": {"calibration": {"path": "a.txt"}, "test": {"path": "b.txt"}}, "retrain": None}, "data.validation"),
+    ],
+)
+def test_configurations_that_make_no_rounds(changes: dict[str, Any], message: str) -> None:
+    content = make_config().model_dump(mode="json") | changes
+    with pytest.raises(ValueError, match=message):
+        Config.model_validate(content)
+
+
+def harness_results(**values: float) -> Any:
+    results = {"alias": "quiz", **{f"{name},none": value for name, value in values.items()}, "acc_stderr,none": 0.1}
+    return {"results": {"quiz": results}, "higher_is_better": {"quiz": {"acc": True, "bits": False}}}
+
+
+def test_values_of_a_task() -> None:
+    task = make_config(metric="task", task={"name": "quiz"}).rounds.task
+    assert read_value(harness_results(acc=0.5, bits=2.0), task) == {
+        "task": 0.5, "task_metric": "acc", "task_less_is_better": False,
+    }  # fmt: skip
+    other = task.model_copy(update={"metric": "bits"})
+    assert read_value(harness_results(acc=0.5, bits=2.0), other)["task_less_is_better"] is True
+    with pytest.raises(UserError, match=r"no metric 'f1': set rounds.task.metric to one of acc, bits"):
+        read_value(harness_results(acc=0.5, bits=2.0), task.model_copy(update={"metric": "f1"}))
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_whole_loop(settings: dict[str, Any], mpruner: Any, tmp_path: Path) -> None:
+    """Layers 3 to 5 are idle: the first round takes just them, the next finds nothing more; all in the original's
+    numbers, judged by a task of our own with the harness."""
+    model = make_model("llama", tmp_path / "model", seed=3)
+    with torch.no_grad():
+        for layer in (3, 4, 5):
+            model.model.layers[layer].self_attn.o_proj.weight *= 1e-3
+            model.model.layers[layer].mlp.down_proj.weight *= 1e-3
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer(tmp_path / "model")
+    write_task(tmp_path / "tasks")
+    settings["model"]["path"] = str(tmp_path / "model")
+    settings["collect"]["num_batches"] = 4
+    settings["plan"] = {"method": "anchor", "threshold": 0.99}
+    settings["retrain"] |= {"steps": 2, "eval_every": 2}
+    task = {"name": "quiz", "metric": "acc", "folder": str(tmp_path / "tasks")}
+    settings["rounds"] = {"tolerance": 0.5, "metric": "task", "task": task}
+    config = write_config(tmp_path / "config.yaml", settings)
+    run = tmp_path / "run"
+    code, output = mpruner("run", config, "--run-dir", run)
+    assert code == 0, output
+    record = json.loads((run / "rounds.json").read_text())
+    assert [entry["removed"] for entry in record["rounds"]] == [[3, 4, 5]]
+    assert record["task"] == "quiz acc"
+    assert 0 <= record["rounds"][0]["metric"] <= 1
+    assert record["stopped"].startswith("no layers are alike enough")
+    assert json.loads((run / "plan.json").read_text())["dropped"] == [3, 4, 5]
+    assert json.loads((run / "retrained/layer_map.json").read_text())["new_to_old"] == [0, 1, 2, 6, 7]
+    assert (run / "retrained/model.safetensors").samefile(run / "round-01/retrained/model.safetensors")
+    verify_checkpoint(run / "retrained")
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert list(evaluation) == ["original", "pruned", "retrained"]
+    assert "0.5 is tolerated" in (run / "report.html").read_text()
+    assert "## Rounds" in (run / "retrained/README.md").read_text()
+    code, output = mpruner("run", config, "--run-dir", run)
+    assert code == 0, output
+    assert "starting Ray" not in output
+    code, output = mpruner("plan", config, "--run-dir", run)
+    assert code == 2
+    assert "--set rounds=null" in output
+
+
+def write_task(folder: Path) -> None:
+    """A multiple-choice task of the harness over words of the tokenizer."""
+    folder.mkdir()
+    rows = [{"question": f"w{n} w{n + 1}", "choices": [f"w{n + 2}", f"w{n + 3}"], "answer": n % 2} for n in range(6)]
+    (folder / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "quiz.yaml").write_text(
+        "task: quiz\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {json.dumps(str(folder / 'quiz.jsonl'))}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: question\ndoc_to_choice: choices\n"
+        "doc_to_target: answer\nmetric_list:\n- {metric: acc, aggregation: mean, higher_is_better: true}\n"
+    )
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_the_report_of_rounds(loop: Any, tmp_path: Path, accepted: bool) -> None:
+    made = loop(tolerance=0.06 if accepted else 0.001)
+    record = made.run()
+    run = make_run(tmp_path / "report", retrain=accepted)
+    (run / "rounds.json").write_text(json.dumps(record))
+    if not accepted:
+        edit(run / "evaluation.json", lambda evaluation: evaluation.pop("pruned"))
+        edit(run / "plan.json", lambda plan: plan.update(kept=list(range(6)), reasons={}))
+    write_report(run, made.config, {})
+    page = html.unescape((run / "report.html").read_text())
+    assert "<h2>Rounds</h2>" in page
+    assert f"The rounds ended: {record['stopped']}." in page
+    assert ("Nothing was removed." in page) == (not accepted)
+    assert ("the original is kept as it is" in page) == (not accepted)
+    if accepted:
+        assert "| 1 | original | 1 | 2, 4, 6, 8, 10 | 7 |" in (run / "retrained/README.md").read_text()
