@@ -109,7 +109,7 @@ class WorkersJudge:
         if self.worker.is_first:
             append_losses(self.file, pairs, found.tolist())
         if self.worker.must_stop():
-            self.worker.stop("the losses measured so far are saved")
+            self.worker.stop("the losses that were measured are saved")
 
     def _forward(self, kept: Kept, rows: Rows) -> float:
         out = [layer for layer in range(len(self.stack)) if layer not in kept]

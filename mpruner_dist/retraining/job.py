@@ -58,11 +58,10 @@ def retrain_job(worker: Worker, spec: dict[str, Any]) -> None:
     width = hidden_size(pruned.config)
     settings = training_settings(spec["deepspeed"], retrain, config.model.dtype, worker.world_size, width)
     found = find_checkpoint(worker, Path(spec["work"]), settings)
-    settings = loading_settings(found, settings)
     teacher = make_teacher(worker, settings, config, spec)
     model = load_for(settings, pruned.path, config.model, worker.log)
     weights = prepare_model(model, pruned, retrain, spec["layers"])
-    engine = make_engine(model, settings, trainable(model))
+    engine = make_engine(model, loading_settings(found, settings), trainable(model))
     trainer = Trainer(worker, engine, teacher, retrain, Path(spec["work"]))
     trainer.run(load_blocks(spec["train"]), load_blocks(spec["validation"]), config.evaluate.batch_size, found)
     engine.empty_partition_cache()  # under ZeRO stage 3 a forward pass may have left weights on their way
@@ -113,6 +112,7 @@ class Trainer:
                 save_checkpoint(self.worker, self.engine, self.work, done, config.keep_checkpoints)
                 self.saved = done
             if stops:
+                self.metrics.end()
                 self.worker.stop(f"step {done} of {config.steps} is saved")
             if self._looks_after(done):
                 self._validate(done, validation, eval_batch_size)

@@ -37,7 +37,7 @@ class Metrics:
         self._loggers: list[Logger] = []
 
     def begin(self, step: int, log_to: tuple[str, ...]) -> None:
-        """Go on after this step: what an attempt recorded after it saved its last sharded checkpoint is done again."""
+        """Go on after this step: what an attempt recorded after its last sharded checkpoint was saved is done again."""
         if not self.is_writer:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)

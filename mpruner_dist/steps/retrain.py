@@ -13,10 +13,10 @@ from mpruner_dist.road import Road, Step
 from mpruner_dist.runs.folder import Inputs
 
 SHAPE = {
-    "save_every", "keep_checkpoints", "zero_stage", "micro_batch_size", "activation_checkpointing", "log_to",
-    "deepspeed",
+    "save_every", "keep_checkpoints", "zero_stage", "micro_batch_size", "activation_checkpointing", "deepspeed",
+    "log_to",
 }  # fmt: skip
-"""Of the section `retrain`, what says how the work is cut up and saved, not what comes out of it."""
+"""Of the section `retrain`, what says how the work is cut up, saved and told, not what comes out of it."""
 DEEPSPEED_SHAPE = {
     # sizes: that of the global batch is in the section `retrain`, and must agree
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
@@ -34,11 +34,11 @@ def retrain(road: Road) -> Step:
     section, dtype = road.config.retrain, road.config.model.dtype
     if section is None:
         raise UserError("there is no retrain section in the configuration")
-    given = read_deepspeed_config(section.deepspeed)
     plan, distillation = road.plan(), section.distillation
     teacher = None
     if distillation is not None:
         teacher = resolve_source(distillation.teacher, None) if distillation.teacher else road.original
+    given = read_deepspeed_config(section.deepspeed)
     inputs: Inputs = {
         "model": road.model_id,
         "kept": plan.kept,
