@@ -141,8 +141,9 @@ def every_stage_trains_the_same(folder: Path, nvme: bool) -> None:
         "stage 3, all in memory": ({"zero_optimization": ZERO3 | offload | {"offload_param": {"device": "cpu"}}}, {}),
     }
     if nvme:
-        disk = {"device": "nvme", "nvme_path": str(folder / "nvme"), "buffer_count": 2, "buffer_size": 4_000_000}
-        both = {"offload_optimizer": disk | {"buffer_count": 4}, "offload_param": disk}
+        disk = {"device": "nvme", "nvme_path": str(folder / "nvme")}
+        buffers = {"buffer_count": 2, "buffer_size": 4_000_000}
+        both = {"offload_optimizer": disk, "offload_param": disk | buffers}
         runs["stage 3, all on disk"] = ({"zero_optimization": ZERO3 | both}, {})
     for name, (deepspeed, more) in runs.items():
         got = retrain(folder, name, deepspeed, distillation=distillation, **more)
