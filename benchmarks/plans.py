@@ -21,12 +21,13 @@ from mpruner_dist.plan import Plan, parse_layers
 from mpruner_dist.planning.greedy import greedy_passes
 from mpruner_dist.runs.commit import write_json
 
-JUDGED, HELD_OUT = 16, 24  # blocks of the validation part
+JUDGED, HELD_OUT = 12, 24  # blocks of the validation part
 SETTINGS = (
     "model.dtype=bfloat16", "data.train.take=[0.25, 0.7]", "data.validation.take=[0.7, 0.88]",
     f"evaluate.max_blocks={JUDGED + HELD_OUT}", f"plan.judge_blocks={JUDGED}",
+    f"evaluate.batch_size={JUDGED // 4}",
 )  # fmt: skip
-"""Settings over those of the file."""
+"""Settings over those of the file: plans are judged on four batches."""
 RETRAINED = ("search", "greedy", "influence", "partition", "anchor, keeps first", "random")
 
 

@@ -99,11 +99,13 @@ def plan(
         _walk(settings, config, run_dir, "plan", again=True)
         return
     from mpruner_dist import pipeline
+    from mpruner_dist.cluster.preemption import stop_on_signals
     from mpruner_dist.plan import parse_layers
     from mpruner_dist.reporting.comparison import print_comparison
 
     wanted = None if depths is None else parse_layers(depths)
-    folder = pipeline.compare_plans(settings, run_dir or Path("runs") / config.stem, wanted)
+    with stop_on_signals():
+        folder = pipeline.compare_plans(settings, run_dir or Path("runs") / config.stem, wanted)
     print_comparison(folder / "compare.json")
     typer.echo(str(folder / "figures/plans.svg"))
 

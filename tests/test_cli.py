@@ -270,6 +270,29 @@ def test_the_dry_run_counts_what_is_trained(
     assert told in " ".join(output.split()), output
 
 
+@pytest.mark.parametrize(
+    ("plan", "cost"),
+    [
+        ({"method": "greedy", "keep_layers": 6}, "greedy: 2 layers go, 12 forward passes over 256 validation tokens"),
+        ({"method": "search", "keep_layers": 5, "passes": 9}, "search: 3 layers go, at most 9 forward passes"),
+        ({"method": "last", "keep_layers": 5}, "last: 3 layers go"),
+    ],
+)
+def test_a_dry_run_says_what_judging_plans_costs(
+    command: Cli, tmp_path: Path, settings: dict[str, Any], plan: dict[str, Any], cost: str
+) -> None:
+    settings["plan"] = plan | {"judge_blocks": 8}
+    code, output = dry_run(command, tmp_path, settings)
+    assert code == 0, output
+    assert cost in " ".join(output.replace("│", " ").split())
+
+
+def test_depths_go_with_a_comparison(command: Cli, tmp_path: Path, settings: dict[str, Any]) -> None:
+    code, output = command("plan", write_config(tmp_path / "config.yaml", settings), "--depths", "1,2")
+    assert code == 2
+    assert "--depths goes with --compare" in output
+
+
 def commands_in_the_readme() -> list[str]:
     lines = (ROOT / "README.md").read_text().splitlines()
     return [line.split("#")[0].strip() for line in lines if line.startswith("    ")]

@@ -13,6 +13,7 @@ from mpruner_dist.reporting.figures import neighbours_figure, similarity_figure
 from mpruner_dist.reporting.report import CARD_MARKER, write_report
 from mpruner_dist.reporting.table import change_text, duration_text, parameters_text, perplexity_text
 from mpruner_dist.reporting.training import training
+from mpruner_dist.runs.digest import file_digest
 
 DEPTH, DROPPED = 6, [2, 4]
 SECTIONS = ["Result", "Similarity of the layers", "What was removed, and why", "Retraining", "Data", "The run"]
@@ -148,12 +149,68 @@ def test_records_in_two_parts_are_told_and_the_test_is_not_called_held_out(tmp_p
         ({"method": "anchor", "threshold": 0.9, "stride": 2}, "at least 0.9. Of the layers 0, 1, 2, ... of each"),
         ({"method": "partition", "target_parameters": 900_000_000}, "at most 900.0 M parameters"),
         ({"method": "file", "file": "mine.json"}, "the plan is mine.json"),
+        ({"method": "chain", "keep": "last"}, "is at least 0.98. Of each cluster its last layer stays."),
+        (
+            {"method": "anchor", "keep": "last", "stride": 2},
+            "Of the others, counted from there, the 1st, 3rd, 5th",
+        ),
+        (
+            {"method": "complete", "keep": "medoid", "keep_layers": 4},
+            "a threshold, the highest that lets enough layers",
+        ),
+        (
+            {"method": "influence", "keep_layers": 4},
+            "Method influence, with a budget of 4 layers: the layers",
+        ),
+        ({"method": "angular", "keep_layers": 4}, "that turns the states least, by the angle"),
+        ({"method": "last", "keep_layers": 4}, "the last layers that may go"),
+        ({"method": "random", "keep_layers": 4}, "drawn at random"),
+        ({"method": "search", "keep_layers": 4}, "improved by swaps while forward passes were left"),
     ],
 )
 def test_the_method_is_told_in_words(tmp_path, plan, words):
     write_report(make_run(tmp_path), make_config(plan=plan), STAGES)
     assert words in (tmp_path / "report.html").read_text()
     assert words in (tmp_path / "pruned/README.md").read_text()
+
+
+def test_a_judged_plan_tells_its_losses_and_never_speaks_of_similarity(tmp_path):
+    run = make_run(tmp_path)
+    judged = {"passes": 9.5, "tokens": 4321, "loss_of_the_whole_model": 2.5, "loss": 2.75}
+    why = {"2": {"step": 1, "loss_before": 2.5, "loss_after": 2.625}, "4": "another"}
+    edit(run / "plan.json", lambda plan: plan.update(method="greedy", judged=judged, reasons=why))
+    write_report(run, make_config(plan={"method": "greedy", "keep_layers": 4}), STAGES)
+    for name in ("report.html", "pruned/README.md"):
+        text = (run / name).read_text()
+        assert "Judged on 4,321 tokens of validation text in 9.5 forward passes" in text
+        assert "loss 2.5000 with all layers, 2.7500 without these" in text
+        assert "loss before, nats a token" in text
+        assert "resembles layer" not in text
+    assert "<td>2</td><td>1</td><td>2.5000</td><td>2.6250</td>" in (run / "report.html").read_text()
+    card = (run / "pruned/README.md").read_text()
+    assert "| 4 | another |" in card
+    assert "nearly the same as a layer that was kept" not in card
+    assert "least loss on validation text" in card
+
+
+def test_a_comparison_is_shown_while_it_is_of_these_similarities(tmp_path):
+    run = make_run(tmp_path)
+    entry = {"1": {"dropped": [2], "passes": 3.0, "loss": 2.0}, "2": {"dropped": None, "refused": "no", "loss": None}}
+    content = {
+        "layers": 6, "depths": [1, 2], "judged_on_tokens": 10, "held_out_tokens": 2345, "loss_of_the_whole_model": 1.0,
+        "planners": {"search": entry, "last": entry | {"2": {"dropped": [3, 4], "passes": 0, "loss": 3.0}}},
+        "cka": file_digest(run / "cka.json"),
+    }  # fmt: skip
+    (run / "compare.json").write_text(json.dumps(content))
+    write_report(run, make_config(), STAGES)
+    page = (run / "report.html").read_text()
+    assert "<td>search</td><td>7.39 *</td><td>refused</td><td>0</td>" in page
+    assert "<td>last</td><td>7.39 *</td><td>20.09 *</td><td>0</td>" in page
+    assert "2,345 tokens of validation text that no planner saw (2.72 with all layers)" in page
+    assert (run / "figures/plans.svg").exists()
+    (run / "compare.json").write_text(json.dumps(content | {"cka": "of another run"}))
+    write_report(run, make_config(), STAGES)
+    assert "no planner saw" not in (run / "report.html").read_text()
 
 
 def test_a_plan_by_hand_and_a_single_batch(tmp_path):

@@ -39,7 +39,7 @@ def judge_job(worker: Worker, spec: dict[str, Any]) -> None:
     """
     work = Path(spec["work"])
     judge = WorkersJudge(worker, spec["config"], spec, work / "losses.jsonl")
-    worker.begin_progress("plan", "passes", spec["passes"])
+    worker.begin_progress("plan", "passes", round(spec["passes"]))
     texts = {name: partial(judge.losses, *rows) for name, rows in spec["texts"].items()}
     result = spec["task"](**texts)
     if worker.is_first:
@@ -61,7 +61,7 @@ class WorkersJudge:
         self.stack = only_blocks(self.engine.module)
         self.divided = zero_stage(settings) == 3
         self.plain = plain_blocks(self.stack, lambda: forward(worker, self.engine, self.blocks.rows([0])))
-        self.told = 0.0
+        self.told, self.expected = 0.0, round(spec["passes"])
 
     def losses(self, first: int, end: int) -> Losses:
         """Losses on the blocks from `first` to `end`, in batches of at most `evaluate.batch_size`.
@@ -76,7 +76,7 @@ class WorkersJudge:
         def judge(pairs: list[tuple[Kept, int]]) -> list[float]:
             found = self.measure([(kept, rows[batch]) for kept, batch in pairs])
             self.told += sum(tokens[batch] for _, batch in pairs) / sum(tokens)
-            self.worker.tell(round(self.told))
+            self.worker.tell(min(round(self.told), self.expected))
             return found
 
         return Losses(judge, tokens, len(self.stack))

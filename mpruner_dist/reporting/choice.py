@@ -76,15 +76,19 @@ def choice(config: PlanConfig, plan: Plan, rounds: RoundsConfig | None = None) -
 
 
 def _clustered(config: PlanConfig, budget: bool) -> str:
-    threshold = "as high as lets enough layers go" if budget else f"{config.threshold:g}"
+    threshold = "a threshold, the highest that lets enough layers go" if budget else f"{config.threshold:g}"
     words = CLUSTERS[config.method].format(threshold=threshold)
     if budget:
         return f"{words} Of each cluster {KEPT[config.keep]} stays; of the others those most like it were removed."
     if config.keep == "first":
         which = {1: "all but the first", 2: "layers 1, 3, 5, ...", 3: "layers 1, 4, 7, ..."}[config.stride]
         return f"{words} Of the layers 0, 1, 2, ... of each cluster, {which} were removed (stride {config.stride})."
-    stride = "" if config.stride == 1 else f" Of the others, counted from there, every {config.stride}th was removed."
-    return f"{words} Of each cluster {KEPT[config.keep]} stays.{stride}"
+    which = {
+        1: "",
+        2: " Of the others, counted from there, the 1st, 3rd, 5th, ... were removed.",
+        3: " Of the others, counted from there, the 1st, 4th, 7th, ... were removed.",
+    }[config.stride]
+    return f"{words} Of each cluster {KEPT[config.keep]} stays.{which}"
 
 
 def reasons(plan: Plan, known_spread: bool) -> Table:

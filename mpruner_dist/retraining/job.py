@@ -64,6 +64,7 @@ def retrain_job(worker: Worker, spec: dict[str, Any]) -> None:
     engine = make_engine(model, loading_settings(found, settings), trainable(model))
     trainer = Trainer(worker, engine, teacher, retrain, Path(spec["work"]))
     trainer.run(load_blocks(spec["train"]), load_blocks(spec["validation"]), config.evaluate.batch_size, found)
+    engine.empty_partition_cache()  # under ZeRO stage 3 a forward pass may have left weights on their way
     target = Path(spec["target"])
     partial = target.with_name(f".{target.name}.partial")
     exported = export_weights(weights, pruned, partial, gathered, worker.is_first)
