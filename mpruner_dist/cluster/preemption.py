@@ -131,7 +131,7 @@ def _handle(number: int, _: FrameType | None) -> None:
     again = _driver.received is not None
     _driver.received = signal.Signals(number).name
     if again or not _driver.busy:
-        raise KeyboardInterrupt  # the one exception that Ray lets through from a handler
+        raise KeyboardInterrupt  # the one exception that Ray lets through from a handler, which it runs once a second
     if _driver.request:
         _driver.request.touch()
     # not through `logging`, which may be in the middle of a line

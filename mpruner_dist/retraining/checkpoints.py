@@ -3,7 +3,7 @@
 step-NNNNNN/            what DeepSpeed wrote, and mpruner.json: who saved it, and every file with size and digest
 step-NNNNNN.torn/       one whose files are not as they were saved; goes once a newer one is complete
 universal-step-NNNNNN/  the same step for another number of workers or ZeRO stage (`resume.py`)
-saving/                 being written; removed by whoever comes next
+saving/, converting/    being written; removed by whoever comes next
 """
 
 import json
@@ -78,7 +78,7 @@ def newest_whole(folder: Path, say: Callable[[str], None]) -> Facts | None:
     Raises:
         UserError: a checkpoint of another run lies in the folder.
     """
-    for left in (folder / "saving", *folder.glob(".*step-*.old")):
+    for left in (folder / "saving", folder / "converting", *folder.glob(".*step-*.old")):
         shutil.rmtree(left, ignore_errors=True)
     torn = False
     for step in _steps(folder):
