@@ -36,3 +36,14 @@ class HiddenStates:
             taken += [self._states[layer] for layer in self.layers]
         finally:
             self._states = None
+
+
+def logits_and_states(
+    engine: Any, inputs: dict[str, Any], hidden: HiddenStates | None
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits [batch, tokens, vocabulary] of an engine, and the hidden states if any are wanted."""
+    if hidden is None:
+        return engine(**inputs).logits, []
+    with hidden.recording() as states:
+        logits = engine(**inputs).logits
+    return logits, states

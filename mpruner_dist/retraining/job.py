@@ -25,7 +25,7 @@ from mpruner_dist.retraining.checkpoints import (
     loading_settings,
     save_checkpoint,
 )
-from mpruner_dist.retraining.hidden import HiddenStates
+from mpruner_dist.retraining.hidden import HiddenStates, logits_and_states
 from mpruner_dist.retraining.losses import mixed_loss
 from mpruner_dist.retraining.metrics import Metrics
 from mpruner_dist.retraining.preparation import prepare_model, trainable
@@ -142,12 +142,7 @@ class Trainer:
     def _loss(self, rows: list[int], inputs: dict[str, Any]) -> torch.Tensor:
         """Of one micro-batch, summed over its tokens."""
         answer = None if self.teacher is None else self.teacher(rows, inputs)
-        states: list[torch.Tensor] = []
-        if self.hidden is None:
-            logits = self.engine(**inputs).logits
-        else:
-            with self.hidden.recording() as states:
-                logits = self.engine(**inputs).logits
+        logits, states = logits_and_states(self.engine, inputs, self.hidden)
         return mixed_loss(logits, states, answer, inputs, self.config.distillation)
 
     def check(self, step: int, finite: list[bool], rows: list[int]) -> None:

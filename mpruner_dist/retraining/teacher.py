@@ -12,7 +12,7 @@ from mpruner_dist.config import Config, DistillationConfig
 from mpruner_dist.data.blocks import load_blocks
 from mpruner_dist.models.engines import inference_engine
 from mpruner_dist.models.stacks import only_blocks
-from mpruner_dist.retraining.hidden import HiddenStates
+from mpruner_dist.retraining.hidden import HiddenStates, logits_and_states
 from mpruner_dist.retraining.likely_words import WordsOnDisk, write_likely_words
 from mpruner_dist.retraining.losses import Answer, likely_words
 from mpruner_dist.retraining.settings import DataOrder
@@ -36,12 +36,7 @@ class LiveTeacher:
     @torch.no_grad()
     def __call__(self, rows: list[int], inputs: dict[str, Any]) -> Answer:
         """One forward pass."""
-        states: list[torch.Tensor] = []
-        if self.hidden is None:
-            logits = self.engine(**inputs).logits
-        else:
-            with self.hidden.recording() as states:
-                logits = self.engine(**inputs).logits
+        logits, states = logits_and_states(self.engine, inputs, self.hidden)
         if not self.config.weight:
             return Answer(None, None, states)
         if self.config.top_k is None:
