@@ -30,7 +30,7 @@ def worker_of(process: Any, run: Path, stage: str, rank: int) -> int:
     raise AssertionError(f"no process of rank {rank}")
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_preempted_in_every_stage_it_ends_the_same(
     settings: dict[str, Any], start: Mpruner, mpruner: Any, tmp_path: Path
 ) -> None:
@@ -62,9 +62,9 @@ def test_preempted_in_every_stage_it_ends_the_same(
     ]
     for stage, has_come, whom, what in moments:
         process = start("run", config, "--run-dir", run)
-        wait_for(has_come, process)
+        wait_for(has_come, process, seconds=400)  # Ray workers are niced: they wait long on a busy machine
         os.kill(process.pid if whom == "driver" else worker_of(process, run, stage, 1), signal.SIGTERM)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=300)
         assert process.returncode == 75, output
         who = "mpruner got SIGTERM" if whom == "driver" else f"rank 1 on {os.uname().nodename} got SIGTERM"
         assert f"mpruner: {stage}: {who}; " in output
