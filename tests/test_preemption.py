@@ -40,7 +40,7 @@ def test_preempted_in_every_stage_it_ends_the_same(
     settings["cluster"]["workers"] = 2
     settings["collect"] |= {"num_batches": 300, "save_every": 1000}  # only a signal makes them save
     settings["retrain"] |= {"steps": 150, "save_every": 1000, "eval_every": 50, "distillation": None}
-    settings["evaluate"]["max_blocks"] = 600
+    settings["evaluate"] |= {"max_blocks": 600, "batch_size": 1}  # long enough for a signal in the middle
     config = write_config(tmp_path / "config.yaml", settings)
     code, output = mpruner("retrain", config, "--run-dir", tmp_path / "undisturbed")
     assert code == 0, output
