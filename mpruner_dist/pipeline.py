@@ -12,7 +12,7 @@ from mpruner_dist.errors import UserError
 from mpruner_dist.road import Road
 from mpruner_dist.rounds import prune_in_rounds
 from mpruner_dist.runs.folder import RunFolder, open_run
-from mpruner_dist.steps import STEPS
+from mpruner_dist.steps import ROUND_STEPS, STEPS
 from mpruner_dist.steps.compare import compare
 
 log = logging.getLogger(__name__)
@@ -44,18 +44,38 @@ def run(config: Config, run_dir: Path, *, last: str = "report", again: bool = Fa
             f"with rounds, the stage {last} belongs to a round: give `mpruner run`, or --set rounds=null to walk the "
             "road once, in a run folder of its own"
         )
-    with open_run(run_dir, config.to_yaml()) as folder, Road(config, folder) as road:
-        stages = stages_of(config)
-        position = stages.index(last) + 1
-        for name in stages[:position]:
-            if name == "evaluate" and config.rounds is not None:
-                prune_in_rounds(road)
-            inputs, outputs, make = STEPS[name](road)
-            remedy = f"make it anew here with the same options: mpruner {COMMANDS[name]} CONFIG"
-            folder.stage(name, inputs, outputs, make, remedy=remedy, replace=again and COMMANDS[name] == last)
-        if again:
-            forget_outdated(road, folder, stages[position:])
+    with open_run(run_dir, config.to_yaml()) as folder:
+        require_same_road(config, folder)
+        with Road(config, folder) as road:
+            _walk(road, last, again)
     return folder.path
+
+
+def _walk(road: Road, last: str, again: bool) -> None:
+    config, folder, stages = road.config, road.folder, stages_of(road.config)
+    position = stages.index(last) + 1
+    for name in stages[:position]:
+        if name == "evaluate" and config.rounds is not None:
+            prune_in_rounds(road)
+        inputs, outputs, make = STEPS[name](road)
+        remedy = f"make it anew here with the same options: mpruner {COMMANDS[name]} CONFIG"
+        folder.stage(name, inputs, outputs, make, remedy=remedy, replace=again and COMMANDS[name] == last)
+    if again:
+        forget_outdated(road, folder, stages[position:])
+
+
+def require_same_road(config: Config, folder: RunFolder) -> None:
+    """Refuse a folder in which the road was walked once for rounds, and the other way round: both make `plan.json`.
+
+    Raises:
+        UserError: the folder holds the other's work.
+    """
+    once = [name for name in OF_A_ROUND if name in folder.stages]
+    in_rounds = [name for name in ROUND_STEPS if name in folder.stages]
+    if once and config.rounds is not None:
+        raise UserError(f"{folder.path} holds the stage {once[0]} of a run without rounds: give a new --run-dir")
+    if in_rounds and config.rounds is None:
+        raise UserError(f"{folder.path} holds the stage {in_rounds[0]} of a run in rounds: give a new --run-dir")
 
 
 def compare_plans(config: Config, run_dir: Path, depths: list[int] | None) -> Path:

@@ -12,7 +12,7 @@ import torch
 from conftest import make_model, make_tokenizer, write_config
 from test_reporting import edit, make_run
 
-from mpruner_dist import rounds
+from mpruner_dist import pipeline, rounds
 from mpruner_dist.config import Config
 from mpruner_dist.errors import UserError
 from mpruner_dist.evaluation.tasks import read_value
@@ -337,3 +337,15 @@ def test_the_report_of_rounds(loop: Any, tmp_path: Path, accepted: bool) -> None
     assert ("the original is kept as it is" in page) == (not accepted)
     if accepted:
         assert "| 1 | original | 1 | 2, 4, 6, 8, 10 | 7 |" in (run / "retrained/README.md").read_text()
+
+
+def test_a_folder_is_either_of_rounds_or_of_a_road_walked_once(tmp_path: Path) -> None:
+    """Both make plan.json: the one would go on from the other's."""
+    in_rounds = make_config()
+    once = in_rounds.model_copy(update={"rounds": None})
+    for first, stage, second in ((once, "collect", in_rounds), (in_rounds, "baseline", once)):
+        run = tmp_path / stage
+        with open_run(run, first.to_yaml()) as folder:
+            folder.stage(stage, {}, (), lambda: None, remedy="")
+        with pytest.raises(UserError, match=f"holds the stage {stage} of a run .* rounds: give a new --run-dir"):
+            pipeline.run(second, run)
