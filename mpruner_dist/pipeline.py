@@ -56,7 +56,7 @@ def _walk(road: Road, last: str, again: bool) -> None:
     position = stages.index(last) + 1
     for name in stages[:position]:
         if name == "evaluate" and config.rounds is not None:
-            prune_in_rounds(road)
+            prune_in_rounds(road, again and last == name)
         inputs, outputs, make = STEPS[name](road)
         remedy = f"make it anew here with the same options: mpruner {COMMANDS[name]} CONFIG"
         folder.stage(name, inputs, outputs, make, remedy=remedy, replace=again and COMMANDS[name] == last)

@@ -30,20 +30,21 @@ class Base:
     """Its layers, by their numbers in the original."""
 
 
-def prune_in_rounds(road: Road) -> None:
+def prune_in_rounds(road: Road, again: bool = False) -> None:
     """Walk round after round until one of the reasons to stop; then put the result into the run folder.
 
     Stops where a plan removes nothing, the budget of layers is reached, no stride is left, or after `max_rounds`.
 
     Args:
         road: of the whole run, whose text is made.
+        again: where the result, or the original's measures, were made from other inputs, make them anew.
 
     Raises:
         UserError: the input is wrong, or the folder was made by another configuration.
         StageFailure: a stage could not finish.
     """
     config = _rounds(road.config)
-    _walk(road, ["baseline"])
+    _walk(road, ["baseline"], again)
     original = json.loads((road.folder / "baseline.json").read_text())["original"]
     base, stride = Base(0, road.config.model.path, list(range(original["layers"]))), 1
     history: list[dict[str, Any]] = []
@@ -78,7 +79,7 @@ def prune_in_rounds(road: Road) -> None:
     log.info("rounds    end: %s", stop)
     if base.round == 0:
         log.warning("no round stayed within the tolerance of %g: the original is kept as it is", config.tolerance)
-    _walk(road, ["result"])
+    _walk(road, ["result"], again)
 
 
 def _reason_to_stop(config: Config, base: Base, stride: int, done: int) -> str:
@@ -175,11 +176,12 @@ def _write(
     write_json(road.folder / "rounds.json", content)
 
 
-def _walk(road: Road, names: list[str]) -> None:
+def _walk(road: Road, names: list[str], again: bool = False) -> None:
     for name in names:
         inputs, outputs, make = (STEPS | ROUND_STEPS)[name](road)
-        remedy = f"delete {road.folder.path if road.run else 'its rounds'} and run again"
-        road.folder.stage(name, inputs, outputs, make, remedy=remedy)
+        anew = "make it anew here with the same options: mpruner evaluate CONFIG"
+        remedy = f"delete {road.folder.path} and run again" if road.run else anew
+        road.folder.stage(name, inputs, outputs, make, remedy=remedy, replace=again)
 
 
 def _rounds(config: Config) -> RoundsConfig:

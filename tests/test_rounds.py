@@ -213,7 +213,7 @@ def test_another_configuration_is_refused_with_the_way_out(loop: Any) -> None:
     made = loop(tolerance=0.06)
     made.run()
     made.config = made.config.model_copy(update={"model": made.config.model.model_copy(update={"path": "another"})})
-    with pytest.raises(UserError, match=r"model: was 'original', is 'another'\n.*delete its rounds and run again"):
+    with pytest.raises(UserError, match=r"model: was 'original', is 'another'\n.*mpruner evaluate CONFIG"):
         made.run()
 
 

@@ -6,26 +6,35 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.plan import Plan, read_plan
 from mpruner_dist.road import Road, Step
 from mpruner_dist.runs.commit import commit_folder, write_bytes, write_json
+from mpruner_dist.runs.digest import file_digest
+from mpruner_dist.runs.folder import Inputs
 
 
 def result(road: Road) -> Step:
     """`plan.json` and `layer_map.json` in the original's layers, and the folders of the last accepted round."""
     rounds = json.loads((road.folder / "rounds.json").read_text())
     accepted = [entry for entry in rounds["rounds"] if entry["accepted"]]
-    inputs = {"accepted": accepted}
     folders = ["pruned"] if road.config.retrain is None else ["pruned", "retrained"]
     files = [] if road.config.retrain is None else ["retrain.json"]
     outputs = ("cka.json", "plan.json", *(folders + files if accepted else ()))
+    inputs: Inputs = {
+        "cka": file_digest(road.folder / "round-01/cka.json"),
+        "plans": [[entry["round"], file_digest(road.folder / entry["folder"] / "plan.json")] for entry in accepted],
+    }
+    if accepted:
+        last = road.folder / accepted[-1]["folder"]
+        inputs |= {name: read_checkpoint(last / name).fingerprint() for name in folders}
+        inputs |= {name: file_digest(last / name) for name in files}
 
     def make() -> None:
         write_bytes(road.folder / "cka.json", (road.folder / "round-01/cka.json").read_bytes())
         plan = _plan_in_original_layers(road, accepted)
         write_json(road.folder / "plan.json", plan.model_dump())
         if accepted:
-            last = road.folder / accepted[-1]["folder"]
             for name in files:
                 write_bytes(road.folder / name, (last / name).read_bytes())
             for name in folders:

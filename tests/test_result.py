@@ -1,0 +1,69 @@
+"""What rounds put into the run folder, and when they make it anew."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import make_model
+
+from mpruner_dist.errors import UserError
+from mpruner_dist.plan import Plan, read_plan
+from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
+from mpruner_dist.runs.commit import write_json
+from mpruner_dist.runs.folder import RunFolder, open_run
+from mpruner_dist.steps.result import result
+
+
+def make_rounds(folder: Path, source: Path, kept: list[list[int]]) -> None:
+    """Accepted rounds, one after another."""
+    entries = []
+    for number, layers in enumerate(kept, start=1):
+        name, depth = f"round-{number:02d}", 8 if number == 1 else len(kept[number - 2])
+        rewrite_checkpoint(source, folder / name / "pruned", layers)
+        write_json(folder / name / "cka.json", {"layers": [f"model.layers.{layer}" for layer in range(depth)]})
+        write_json(folder / name / "plan.json", Plan.keeping(depth, layers).model_dump())
+        entries.append({"round": number, "folder": name, "accepted": True, "seconds": 1.0, "why": "at most 10 %"})
+        source = folder / name / "pruned"
+    write_json(folder / "rounds.json", {"rounds": entries})
+
+
+def walk(folder: RunFolder, again: bool = False) -> None:
+    road: Any = SimpleNamespace(
+        folder=folder, config=SimpleNamespace(retrain=None, plan=SimpleNamespace(method="anchor"))
+    )
+    inputs, outputs, make = result(road)
+    folder.stage("result", inputs, outputs, make, remedy="", replace=again)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    make_model("llama", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_the_result_tells_of_the_layers_of_the_original(tmp_path: Path, source: Path) -> None:
+    with open_run(tmp_path / "run", "") as folder:
+        make_rounds(folder.path, source, [[0, 1, 3, 4, 6, 7], [0, 2, 3, 5]])
+        walk(folder)
+    assert read_plan(tmp_path / "run/plan.json").kept == [0, 3, 4, 7]
+    assert json.loads((tmp_path / "run/pruned/layer_map.json").read_text())["new_to_old"] == [0, 3, 4, 7]
+
+
+def test_only_other_models_make_another_result(tmp_path: Path, source: Path) -> None:
+    """How long a round took, and what was tolerated, may differ; the last model may not."""
+    with open_run(tmp_path / "run", "") as folder:
+        make_rounds(folder.path, source, [[0, 1, 3, 4, 6, 7]])
+        walk(folder)
+        record = json.loads((folder / "rounds.json").read_text())
+        record["rounds"][0] |= {"seconds": 2.0, "why": "at most 20 %"}
+        write_json(folder / "rounds.json", record)
+        walk(folder)
+        make_model("llama", source, seed=1)
+        rewrite_checkpoint(source, folder / "other", [0, 1, 3, 4, 6, 7])
+        (folder / "other/model.safetensors").replace(folder / "round-01/pruned/model.safetensors")
+        with pytest.raises(UserError, match="pruned: was"):
+            walk(folder)
+        walk(folder, again=True)
+        assert (folder / "pruned/model.safetensors").samefile(folder / "round-01/pruned/model.safetensors")
