@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpruner_dist.config import CLUSTERED, Config, RoundsConfig
+from mpruner_dist.errors import UserError
 from mpruner_dist.road import Road
 from mpruner_dist.runs.commit import write_json
 from mpruner_dist.runs.folder import RunFolder
@@ -46,6 +47,8 @@ def prune_in_rounds(road: Road, again: bool = False) -> None:
     config = _rounds(road.config)
     _walk(road, ["baseline"], again)
     original = json.loads((road.folder / "baseline.json").read_text())["original"]
+    if (keep := road.config.plan.keep_layers or 1) >= original["layers"]:
+        raise UserError(f"plan.keep_layers: rounds end at {keep} layers, and the model has only {original['layers']}")
     base, stride = Base(0, road.config.model.path, list(range(original["layers"]))), 1
     history: list[dict[str, Any]] = []
     rejected: list[tuple[int, list[int]]] = []

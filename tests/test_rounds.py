@@ -200,6 +200,12 @@ def test_a_method_with_a_budget_removes_less_after_each_roll_back(loop: Any) -> 
     assert record["rounds"][1]["why"] == "the plan is that of a round that was rolled back"
 
 
+@pytest.mark.parametrize("keep", [DEPTH, DEPTH + 1])
+def test_a_budget_that_no_round_can_reach_is_refused(loop: Any, keep: int) -> None:
+    with pytest.raises(UserError, match=f"rounds end at {keep} layers, and the model has only 12"):
+        loop(plan={"method": "anchor", "keep_layers": keep}).run()
+
+
 def test_accuracy_is_judged_by_difference(loop: Any) -> None:
     made = loop(tolerance=0.02, metric="accuracy", max_rounds=2)
     values = iter([0.49, 0.47])
@@ -238,6 +244,12 @@ def test_what_is_told_of_rounds(loop: Any) -> None:
         ({"plan": {"method": "file", "file": "plan.json"}}, "plan.method file gives only one"),
         ({"plan": {"method": "partition", "keep_layers": 9}}, "must be given as rounds.remove"),
         ({"rounds": {"tolerance": 0.1, "remove": 2}}, "is decided by plan.threshold"),
+        ({"plan": {"method": "anchor", "stride": 2}}, "leave plan.stride 2 out"),
+        ({"plan": {"method": "chain", "keep": "medoid"}}, "rounds.max_stride must be 1"),
+        (
+            {"plan": {"method": "last", "keep_layers": 1}, "rounds": {"tolerance": 0.1, "remove": 2}},
+            "the 2 layers of plan.protect_first and plan.protect_last always stay",
+        ),
         ({"data": {"calibration": {"path": "a.txt"}, "test": {"path": "b.txt"}}, "retrain": None}, "data.validation"),
     ],
 )
