@@ -80,6 +80,20 @@ class Config(Section):
         if (self.plan.method in CLUSTERED) == (self.rounds.remove is not None):
             how = "is decided by plan.threshold" if self.rounds.remove else "must be given as rounds.remove"
             raise ValueError(f"how many layers a round removes {how} where plan.method is {self.plan.method}")
+        if self.plan.stride != 1:
+            raise ValueError(
+                f"rounds begin at stride 1 and raise it themselves: leave plan.stride {self.plan.stride} out"
+            )
+        if self.plan.keep == "medoid" and self.rounds.max_stride > 1:
+            raise ValueError(
+                "a stride counts from an end of a cluster: with plan.keep medoid, rounds.max_stride must be 1"
+            )
+        protected = self.plan.protect_first + self.plan.protect_last
+        if self.plan.method not in CLUSTERED and (self.plan.keep_layers or 0) < protected:
+            raise ValueError(
+                f"rounds go on to plan.keep_layers {self.plan.keep_layers}, and the {protected} layers of "
+                "plan.protect_first and plan.protect_last always stay: raise the one or lower the others"
+            )
         return self
 
     @model_validator(mode="after")
