@@ -19,7 +19,7 @@ class EvaluateConfig(Section):
 
     batch_size: Positive = 4
     max_blocks: Positive | None = None
-    """At most so many sequences of the test part."""
+    """At most so many sequences of the test part, and of the validation part (or plan.judge_blocks, if more)."""
 
 
 class ClusterConfig(Section):
