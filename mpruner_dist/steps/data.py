@@ -33,6 +33,11 @@ def data(road: Road) -> Step:
 
 def source_digest(source: SourceConfig) -> dict[str, str]:
     """Digests of the files that a source reads; none for a `datasets` id, which names its own content."""
-    path = Path(source.path).expanduser()
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return digests_of_files(Path(source.path).expanduser())
+
+
+def digests_of_files(path: Path) -> dict[str, str]:
+    """Of a file, or of all files in a folder but those that Python leaves beside its own."""
+    inside = sorted(file for file in path.rglob("*") if file.is_file() and file.parent.name != "__pycache__")
+    files = [path] if path.is_file() else inside
     return {str(file): spot_digest(file) for file in files}

@@ -5,6 +5,7 @@ from pathlib import Path
 from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.road import Road, Step
 from mpruner_dist.runs.folder import Inputs
+from mpruner_dist.steps.data import digests_of_files
 
 
 def evaluate(road: Road) -> Step:
@@ -39,6 +40,8 @@ def _evaluation(road: Road, name: str, models: dict[str, Path], part: str) -> St
     task = road.config.rounds.task if road.config.rounds else None
     if task is not None:
         inputs["task"] = task.model_dump(mode="json")
+    if task is not None and task.folder is not None:
+        inputs["task_files"] = digests_of_files(task.folder)
 
     def make() -> None:
         from mpruner_dist.evaluation.job import evaluate_job, write_evaluation

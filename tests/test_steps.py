@@ -1,0 +1,79 @@
+"""What stages are made from."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import make_model
+
+from mpruner_dist import pipeline
+from mpruner_dist.config import Config
+from mpruner_dist.runs.commit import write_json
+from mpruner_dist.runs.folder import RunFolder, open_run
+from mpruner_dist.steps.evaluate import baseline
+from mpruner_dist.steps.plan import judge
+from mpruner_dist.steps.report import report
+
+
+def config_for(tasks: Path) -> Config:
+    parts = ("calibration", "train", "validation", "test")
+    return Config.model_validate({
+        "model": {"path": "original"}, "data": {part: {"path": f"{part}.txt"} for part in parts},
+        "rounds": {"tolerance": 0.1, "metric": "task", "task": {"name": "quiz", "folder": str(tasks)}},
+    })  # fmt: skip
+
+
+def test_a_task_whose_files_change_is_another_task(tmp_path: Path) -> None:
+    make_model("llama", tmp_path / "model")
+    (tmp_path / "tasks/__pycache__").mkdir(parents=True)
+    (tmp_path / "tasks/quiz.yaml").write_text("task: quiz")
+    road: Any = SimpleNamespace(config=config_for(tmp_path / "tasks"), source=tmp_path / "model", text=str)
+    before = baseline(road)[0]
+    (tmp_path / "tasks/__pycache__/utils.pyc").write_bytes(b"compiled")
+    assert baseline(road)[0] == before
+    (tmp_path / "tasks/quiz.yaml").write_text("task: quiz\nnum_fewshot: 3")
+    assert baseline(road)[0] != before
+
+
+def test_rounds_from_the_same_model_share_the_losses_of_plans(tmp_path: Path) -> None:
+    """After a roll back, what was measured is not measured again; by the model's digest it is never another's."""
+    run = SimpleNamespace(work=lambda kind, inputs: tmp_path / kind / inputs["model"])
+    config = SimpleNamespace(model=SimpleNamespace(dtype="float32"), evaluate=SimpleNamespace(batch_size=4))
+    seen: list[Path] = []
+
+    def on_workers(*_: Any, work: Path, **__: Any) -> None:
+        seen.append(work)
+        write_json(work / "result.json", {})
+
+    for number in (1, 2):
+        road: Any = SimpleNamespace(
+            run=run, config=config, model_id="the same", text=str, source=tmp_path, blocks=Path, on_workers=on_workers,
+            work=lambda kind, inputs, number=number: tmp_path / f"round-{number:02d}",
+        )  # fmt: skip
+        judge(road, {}, None, 1.0)
+    assert seen == [tmp_path / "plan/the same"] * 2
+
+
+def test_a_comparison_made_after_the_report_goes_into_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_run(tmp_path / "run", "") as folder:
+        for name in ("data/data.json", "cka.json", "plan.json", "evaluation.json"):
+            write_json(folder / name, {})
+        road: Any = SimpleNamespace(folder=folder)
+        folder.stage("report", report(road)[0], (), lambda: None, remedy="")
+
+    class Opened:
+        def __init__(self, config: Config, folder: RunFolder) -> None:
+            self.folder = folder
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(pipeline, "Road", Opened)
+    monkeypatch.setattr(pipeline, "run", lambda config, run_dir, last: run_dir)
+    monkeypatch.setattr(pipeline, "compare", lambda road, depths: write_json(road.folder / "compare.json", {"cka": ""}))
+    pipeline.compare_plans(config_for(tmp_path), tmp_path / "run", None)
+    assert "report" not in json.loads((tmp_path / "run/manifest.json").read_text())["stages"]
