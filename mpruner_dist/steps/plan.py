@@ -96,7 +96,7 @@ def judge(road: Road, texts: dict[str, tuple[int, int]], task: Any, passes: floa
     """
     from mpruner_dist.planning.judge import judge_job
 
-    work = road.work("plan", judged_inputs(road))
+    work = (road.run or road).work("plan", judged_inputs(road))  # a round after a roll back begins from the same model
     road.on_workers(
         "plan", judge_job, model=road.source, blocks=road.blocks("validation"), work=work, texts=texts, task=task,
         passes=passes,
