@@ -94,6 +94,7 @@ def compare_plans(config: Config, run_dir: Path, depths: list[int] | None) -> Pa
     path = run(config, run_dir, last="collect")
     with open_run(path, config.to_yaml()) as folder, Road(config, folder) as road:
         compare(road, depths)
+        forget_outdated(road, folder, ("report",))
     return path
 
 

@@ -8,7 +8,7 @@ from mpruner_dist.runs.folder import Inputs
 def report(road: Road) -> Step:
     """`report.html`, and a model card in each output folder."""
     names = ["data/data.json", "cka.json", "plan.json", "evaluation.json"]
-    names += [name for name in ("retrain.json", "rounds.json") if (road.folder / name).exists()]
+    names += [name for name in ("retrain.json", "rounds.json", "compare.json") if (road.folder / name).exists()]
     inputs: Inputs = {name: file_digest(road.folder / name) for name in names}
 
     def make() -> None:
