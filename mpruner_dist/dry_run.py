@@ -15,6 +15,8 @@ from mpruner_dist.config import Config
 from mpruner_dist.config.plan import JUDGED
 from mpruner_dist.data.blocks import Blocks
 from mpruner_dist.data.prepare import load_tokenizer, make_part
+from mpruner_dist.errors import UserError
+from mpruner_dist.evaluation.tasks import require_harness
 from mpruner_dist.logs import show_progress
 from mpruner_dist.models.blocks import num_layers
 from mpruner_dist.models.loading import quiet_transformers, read_config
@@ -25,6 +27,7 @@ from mpruner_dist.planning.greedy import greedy_passes
 from mpruner_dist.retraining.matching import require_fitting_teacher
 from mpruner_dist.retraining.metrics import require_loggers
 from mpruner_dist.retraining.settings import hidden_size, training_settings
+from mpruner_dist.rounds import Base, round_config
 
 Rows = list[tuple[str, str]]
 
@@ -60,17 +63,22 @@ def describe(config: Config) -> Rows:
     stage = "auto: 0 if the weights fit in a worker's free memory, else 3" if chosen == "auto" else str(chosen)
     if config.plan.file is not None:
         read_plan(config.plan.file, depth)
+    if config.plan.keep_layers == depth:
+        raise UserError(f"plan.keep_layers {depth}: the model has {depth} layers, so that none would go")
+    round_one = (
+        config if config.rounds is None else round_config(config, Base(0, config.model.path, list(range(depth))), 1)
+    )
     return [
         ("model", f"{config.model.path} ({model_config.model_type}, {config.model.dtype})"),
         ("layers", f"{depth}, {prefix}.0 to {prefix}.{depth - 1}, at most {max(sizes) / 1e6:.2f} M parameters each"),
         ("parameters", f"{checkpoint.num_parameters:,}"),
         ("to read", f"{_bytes(checkpoint.num_bytes)} in {len(checkpoint.shards)} file(s)"),
-        ("to write", _to_write(config, checkpoint, sizes)),
+        ("to write", _to_write(round_one, checkpoint, sizes)),
         *((f"{part} text", f"{len(made)} blocks, {int(made.lengths.sum()):,} tokens") for part, made in parts.items()),
         ("workers", f"{config.cluster.workers}, device {config.cluster.device}, ZeRO stage {stage}"),
         ("collection", _collection(config, checkpoint, inference, depth)),
-        *_planning(config, checkpoint, sizes, parts),
-        *_retraining(config, source, checkpoint, prefix, sizes, parts.get("train")),
+        *_planning(round_one, checkpoint, sizes, parts),
+        *_retraining(round_one, source, checkpoint, prefix, sizes, parts.get("train")),
         *_rounds(config),
         ("evaluation", _evaluation(config, checkpoint, inference, model_config, parts["test"])),
     ]  # fmt: skip
@@ -151,12 +159,14 @@ def _rounds(config: Config) -> Rows:
     rounds = config.rounds
     if rounds is None:
         return []
-    judged = rounds.task.name if rounds.task else rounds.metric
+    judged = f"the task {rounds.task.name}" if rounds.task else f"{rounds.metric} on the validation part"
+    if rounds.task:
+        require_harness()
     return [
         (
             "rounds",
-            f"at most {rounds.max_rounds}, each all of the above; judged by {judged} on the validation part, tolerance "
-            f"{rounds.tolerance:g} from the original; at least {config.plan.keep_layers or 1} layers stay",
+            f"at most {rounds.max_rounds}, the first as above; judged by {judged}, tolerance {rounds.tolerance:g} from "
+            f"the original; at least {config.plan.keep_layers or 1} layers stay",
         )
     ]
 

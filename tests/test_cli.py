@@ -288,6 +288,20 @@ def test_a_dry_run_says_what_judging_plans_costs(
     assert cost in " ".join(output.replace("│", " ").split())
 
 
+def test_a_dry_run_tells_of_the_first_round(command: Cli, tmp_path: Path, settings: dict[str, Any]) -> None:
+    settings["plan"] = {"method": "greedy", "keep_layers": 2, "judge_blocks": 8}
+    settings["rounds"] = {"tolerance": 0.1, "remove": 2}
+    code, output = dry_run(command, tmp_path, settings)
+    assert code == 0, output
+    text = " ".join(output.replace("│", " ").split())
+    assert "greedy: 2 layers go, 12 forward passes" in text
+    assert "at most 8, the first as above; judged by perplexity on the validation part" in text
+    settings["plan"]["keep_layers"] = 8
+    code, output = dry_run(command, tmp_path, settings)
+    assert code == 2
+    assert "the model has 8 layers, so that none would go" in output
+
+
 def test_depths_go_with_a_comparison(command: Cli, tmp_path: Path, settings: dict[str, Any]) -> None:
     code, output = command("plan", write_config(tmp_path / "config.yaml", settings), "--depths", "1,2")
     assert code == 2

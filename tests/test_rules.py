@@ -22,8 +22,8 @@ LEVELS = [
     {"similarity", "planning", "rewriting", "retraining", "evaluation", "reporting"},
     {"road"},
     {"steps"},
-    {"dry_run", "rounds"},
-    {"pipeline"},
+    {"rounds"},
+    {"dry_run", "pipeline"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,11 @@ def run_task(engine: Any, folder: Path, task: TaskConfig, batch_size: int, trust
         UserError: the harness is not installed, does not know the task, or the task has not the metric.
         StageFailure: the value is not finite.
     """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UserError(
-            f"rounds.metric task needs the extra eval: pip install 'mpruner-dist[eval]' ({error})"
-        ) from error
+    require_harness()
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager(include_path=None if task.folder is None else str(task.folder))
     if task.name not in manager.all_tasks:
@@ -57,6 +55,16 @@ def run_task(engine: Any, folder: Path, task: TaskConfig, batch_size: int, trust
         log_samples=False,
     )
     return {} if found is None else read_value(found, task)
+
+
+def require_harness() -> None:
+    """Refuse a task where the harness is not installed.
+
+    Raises:
+        UserError: with the command that installs it.
+    """
+    if find_spec("lm_eval") is None:
+        raise UserError("rounds.metric task needs the extra eval: pip install 'mpruner-dist[eval]'")
 
 
 def read_value(found: Any, task: TaskConfig) -> dict[str, Any]:
