@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import make_model
+from conftest import ROOT, make_model
 
 from mpruner_dist import pipeline
 from mpruner_dist.config import Config
@@ -15,6 +15,7 @@ from mpruner_dist.runs.folder import RunFolder, open_run
 from mpruner_dist.steps.evaluate import baseline
 from mpruner_dist.steps.plan import judge
 from mpruner_dist.steps.report import report
+from mpruner_dist.steps.retrain import _result_of
 
 
 def config_for(tasks: Path) -> Config:
@@ -54,6 +55,17 @@ def test_rounds_from_the_same_model_share_the_losses_of_plans(tmp_path: Path) ->
         )  # fmt: skip
         judge(road, {}, None, 1.0)
     assert seen == [tmp_path / "plan/the same"] * 2
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "deepspeed").glob("*.json")), ids=lambda path: path.name)
+def test_retraining_goes_on_under_every_deepspeed_configuration_of_ours(path: Path) -> None:
+    assert _result_of(json.loads(path.read_text())) == _result_of({}) == {}
+
+
+def test_what_a_deepspeed_configuration_says_of_the_result() -> None:
+    optimizer = {"type": "AdamW", "params": {"lr": "auto"}}
+    given = {"optimizer": optimizer, "fp16": {"enabled": True, "loss_scale": 8}, "train_batch_size": 4}
+    assert _result_of(given) == {"optimizer": optimizer, "fp16": {"loss_scale": 8}}
 
 
 def test_a_comparison_made_after_the_report_goes_into_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,5 +86,10 @@ def _result_of(given: Settings) -> dict[str, Any]:
     """What of a DeepSpeed configuration says what comes out: not the shape, but gradients that are rounded coarsely."""
     zero = given.get("zero_optimization")
     rounded = {key: value for key, value in zero.items() if "quantized" in key} if isinstance(zero, dict) else {}
-    result = {key: value for key, value in given.items() if key not in DEEPSPEED_SHAPE}
+    # "auto" is what the run would fill in without it, and the number type is the run's
+    result = {key: value for key, value in given.items() if key not in DEEPSPEED_SHAPE and value != "auto"}
+    for key in ("bf16", "fp16"):
+        if isinstance(given.get(key), dict):
+            result[key] = {name: value for name, value in given[key].items() if name != "enabled"}
+    result = {key: value for key, value in result.items() if value != {}}
     return result | ({"zero_optimization": rounded} if rounded else {})
