@@ -5,11 +5,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import ROOT, make_model
 
 from mpruner_dist import pipeline
 from mpruner_dist.config import Config
+from mpruner_dist.data.blocks import Blocks
+from mpruner_dist.errors import Preempted
+from mpruner_dist.evaluation import job
 from mpruner_dist.runs.commit import write_json
 from mpruner_dist.runs.folder import RunFolder, open_run
 from mpruner_dist.steps.evaluate import baseline
@@ -89,3 +93,34 @@ def test_a_comparison_made_after_the_report_goes_into_the_next(tmp_path: Path, m
     monkeypatch.setattr(pipeline, "compare", lambda road, depths: write_json(road.folder / "compare.json", {"cka": ""}))
     pipeline.compare_plans(config_for(tmp_path), tmp_path / "run", None)
     assert "report" not in json.loads((tmp_path / "run/manifest.json").read_text())["stages"]
+
+
+def test_a_signal_during_a_task_is_heard_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness looks for none: the model's results are saved, then all stop before the next model."""
+    signals: list[str] = []
+
+    def stop(saved: str) -> None:
+        raise Preempted(saved)
+
+    def run_task(*_: Any) -> dict[str, Any]:
+        signals.append("SIGTERM")
+        return {"task": 0.5}
+
+    score = SimpleNamespace(nll=1.0, accuracy=0.5, tokens=1, seconds=1.0)
+    blocks = Blocks(np.zeros((1, 8), np.int32), np.array([8]))
+    engine = SimpleNamespace(module=SimpleNamespace(config=None), destroy=lambda: None)
+    for name, value in {
+        "start_deepspeed": None, "forward_settings": {}, "load_blocks": blocks, "inference_engine": engine,
+        "num_batches": 1, "score_text": score, "num_layers": 8,
+        "read_checkpoint": SimpleNamespace(num_parameters=1, num_bytes=4),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(job, name, lambda *_, value=value: value)
+    monkeypatch.setattr(job, "run_task", run_task)
+    nothing = dict.fromkeys(("barrier", "begin_progress", "log", "tell"), lambda *_: None)
+    worker: Any = SimpleNamespace(is_first=True, device=None, must_stop=lambda: bool(signals), stop=stop, **nothing)
+    models = {"original": tmp_path, "pruned": tmp_path}
+    spec = {"config": config_for(tmp_path), "models": models, "results": tmp_path, "original": tmp_path}
+    with pytest.raises(Preempted):
+        job.evaluate_job(worker, spec | {"blocks": tmp_path, "deepspeed": {}})
+    assert (tmp_path / "original.json").exists()
+    assert signals == ["SIGTERM"]

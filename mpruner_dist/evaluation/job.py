@@ -28,10 +28,13 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
         Preempted: a signal came; the results of the models before are saved.
     """
 
-    def tell(done: int) -> None:
-        worker.tell(done)
+    def stop_if_told() -> None:
         if worker.must_stop():
             worker.stop("the results of the models before are saved")
+
+    def tell(done: int) -> None:
+        worker.tell(done)
+        stop_if_told()
 
     config: Config = spec["config"]
     results = Path(spec["results"])
@@ -68,6 +71,7 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
         del engine
         gc.collect()
         worker.barrier()
+        stop_if_told()  # a signal may have come during the task
 
 
 def write_evaluation(results: Path, labels: list[str], target: Path) -> None:
