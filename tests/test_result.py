@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from conftest import make_model
 
+from mpruner_dist.config import PlanConfig, RoundsConfig
 from mpruner_dist.errors import UserError
 from mpruner_dist.plan import Plan, read_plan
+from mpruner_dist.reporting.choice import choice
 from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
 from mpruner_dist.runs.commit import write_json
 from mpruner_dist.runs.folder import RunFolder, open_run
@@ -67,3 +69,12 @@ def test_only_other_models_make_another_result(tmp_path: Path, source: Path) -> 
             walk(folder)
         walk(folder, again=True)
         assert (folder / "pruned/model.safetensors").samefile(folder / "round-01/pruned/model.safetensors")
+
+
+@pytest.mark.parametrize("keep_layers", [None, 4])
+def test_the_report_claims_no_stride_for_all_rounds(keep_layers: int | None) -> None:
+    """Nor that the budget of all rounds chose a threshold."""
+    how = choice(PlanConfig(keep_layers=keep_layers), Plan.keeping(8, [0, 2, 7]), RoundsConfig(tolerance=0.1))[0]
+    assert "is at least 0.98. Of each cluster its first layer stays" in how
+    assert "at its stride" in how
+    assert "stride 1" not in how

@@ -61,7 +61,16 @@ def choice(config: PlanConfig, plan: Plan, rounds: RoundsConfig | None = None) -
         budget = f", with a budget of at most {parameters_text(config.target_parameters)} parameters"
     else:
         budget = ""
-    words = _clustered(config, bool(budget)) if config.method in CLUSTERS else OTHERS[config.method]
+    if config.method not in CLUSTERS:
+        words = OTHERS[config.method]
+    elif rounds is None:
+        words = _clustered(config, bool(budget))
+    else:
+        words = (
+            f"{CLUSTERS[config.method].format(threshold=f'{config.threshold:g}')} Of each cluster "
+            f"{KEPT[config.keep]} stays; of the others, counted from there, each round removed the 1st and every "
+            "further one at its stride."
+        )
     how = [f"Method {config.method}{budget}: {words}" if budget else f"Method {config.method}, {words}"]
     if plan.judged:
         how.append(

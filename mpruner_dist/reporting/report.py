@@ -158,7 +158,8 @@ def _draw(facts: Facts, config: Config) -> dict[str, str]:
     similarity, plan = facts["similarity"], facts["plan"]
     planned_by = similarity["updates"] if config.plan.measure == "updates" else similarity
     cka_LL, updates_LL = (_array(some["cka"]) for some in (similarity, similarity["updates"]))
-    by_threshold = config.plan.method in CLUSTERED and not (config.plan.keep_layers or config.plan.target_parameters)
+    budget = (config.plan.keep_layers or config.plan.target_parameters) and config.rounds is None
+    by_threshold = config.plan.method in CLUSTERED and not budget
     threshold = config.plan.threshold if by_threshold else None
     figures = {
         "cka": similarity_figure(cka_LL, plan),
