@@ -141,7 +141,7 @@ def _measure(road: Road, config: RoundsConfig, original: dict[str, Any]) -> dict
         "metric": candidate[config.metric],
         "change": change_text(change, share),
         "accepted": lost <= config.tolerance,
-        "seconds": sum(stage["seconds"] for stage in road.folder.stages.values()),
+        "seconds": sum(stage.get("seconds", 0.0) for stage in road.folder.stages.values()),
         "why": f"{config.metric} {original[config.metric]:.4g} -> {candidate[config.metric]:.4g}, "
         f"{change_text(change, share)}, where {limit_text(config, share)}",
     }

@@ -150,6 +150,21 @@ def test_interrupted_it_goes_on_where_it_was(loop: Any) -> None:
         assert {**one, "seconds": 0} == {**other, "seconds": 0}
 
 
+def test_without_retraining_a_round_goes_on_that_was_stopped_in_it(loop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = loop(max_rounds=1)
+    content = made.content
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(made, "content", lambda name, road: content(name, road) if name != "retrain" else stop())
+        with pytest.raises(KeyboardInterrupt):
+            made.run()
+    made.config = made.config.model_copy(update={"retrain": None})
+    assert made.run()["rounds"][0]["seconds"] >= 0
+
+
 def test_a_first_round_beyond_the_tolerance_keeps_the_original_and_says_so(loop: Any, caplog: Any) -> None:
     made = loop(tolerance=0.001)
     with caplog.at_level("WARNING", "mpruner_dist"):
