@@ -14,6 +14,7 @@ from mpruner_dist.retraining import metrics
 from mpruner_dist.retraining.matching import require_fitting_teacher
 from mpruner_dist.retraining.metrics import Metrics, require_loggers
 from mpruner_dist.retraining.teacher import teacher_settings
+from mpruner_dist.runs.digest import digest
 
 
 def model_like(tiny: Path, folder: Path, **changes: Any) -> Path:
@@ -123,7 +124,8 @@ def test_weights_and_biases_has_them_offline_under_the_run_folder(
     recorded.begin(0, ("wandb",))
     recorded.record({"step": 1, "loss": 2.5})
     assert wandb.run is not None
-    assert (wandb.run.project, wandb.run.name, wandb.run.id) == ("mpruner-dist", "my run", "abc")
+    assert (wandb.run.project, wandb.run.name) == ("mpruner-dist", "my run")
+    assert wandb.run.id == digest(str(work)) != digest(str(tmp_path / "another run" / "retrain" / "abc"))
     assert wandb.run.summary["loss"] == 2.5
     recorded.end()
     assert wandb.run is None

@@ -8,6 +8,7 @@ from typing import Any
 
 from mpruner_dist.errors import UserError
 from mpruner_dist.runs.commit import write_text
+from mpruner_dist.runs.digest import digest
 
 PROJECT = "mpruner-dist"
 Entry = dict[str, Any]
@@ -80,8 +81,10 @@ def _tensorboard(work: Path, step: int) -> Logger:
 def _wandb(work: Path, step: int) -> Logger:
     import wandb
 
-    # the folder's name is a digest of what is trained: a resumed run goes on in the same record
-    run = wandb.init(project=PROJECT, name=_run_name(work), id=work.name, resume="allow", dir=str(work))
+    # a resumed run goes on in the same record, the same training in another run folder has one of its own
+    run = wandb.init(
+        project=PROJECT, name=_run_name(work), id=digest(str(work.absolute())), resume="allow", dir=str(work)
+    )
     run.define_metric("*", step_metric="step")  # steps that are done again may be logged again
     return run.log, run.finish
 
