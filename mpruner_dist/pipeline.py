@@ -58,8 +58,10 @@ def _walk(road: Road, last: str, again: bool) -> None:
         if name == "evaluate" and config.rounds is not None:
             prune_in_rounds(road, again and last == name)
         inputs, outputs, make = STEPS[name](road)
-        remedy = f"make it anew here with the same options: mpruner {COMMANDS[name]} CONFIG"
-        folder.stage(name, inputs, outputs, make, remedy=remedy, replace=again and COMMANDS[name] == last)
+        # in rounds, `mpruner collect` is refused
+        command = "evaluate" if name == "data" and config.rounds is not None else COMMANDS[name]
+        remedy = f"make it anew here with the same options: mpruner {command} CONFIG"
+        folder.stage(name, inputs, outputs, make, remedy=remedy, replace=again and command == last)
     if again:
         forget_outdated(road, folder, stages[position:])
 

@@ -12,7 +12,7 @@ from conftest import ROOT, make_model
 from mpruner_dist import pipeline
 from mpruner_dist.config import Config
 from mpruner_dist.data.blocks import Blocks
-from mpruner_dist.errors import Preempted
+from mpruner_dist.errors import Preempted, UserError
 from mpruner_dist.evaluation import job
 from mpruner_dist.runs.commit import write_json
 from mpruner_dist.runs.folder import RunFolder, open_run
@@ -72,21 +72,24 @@ def test_what_a_deepspeed_configuration_says_of_the_result() -> None:
     assert _result_of(given) == {"optimizer": optimizer, "fp16": {"loss_scale": 8}}
 
 
+class Opened:
+    """A road without a model."""
+
+    def __init__(self, config: Config, folder: RunFolder) -> None:
+        self.config, self.folder = config, folder
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
 def test_a_comparison_made_after_the_report_goes_into_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_run(tmp_path / "run", "") as folder:
         for name in ("data/data.json", "cka.json", "plan.json", "evaluation.json"):
             write_json(folder / name, {})
         road: Any = SimpleNamespace(folder=folder)
         folder.stage("report", report(road)[0], (), lambda: None, remedy="")
-
-    class Opened:
-        def __init__(self, config: Config, folder: RunFolder) -> None:
-            self.folder = folder
-
-        def __enter__(self) -> Any:
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
 
     monkeypatch.setattr(pipeline, "Road", Opened)
     monkeypatch.setattr(pipeline, "run", lambda config, run_dir, last: run_dir)
@@ -124,3 +127,20 @@ def test_a_signal_during_a_task_is_heard_after_it(tmp_path: Path, monkeypatch: p
         job.evaluate_job(worker, spec | {"blocks": tmp_path, "deepspeed": {}})
     assert (tmp_path / "original.json").exists()
     assert signals == ["SIGTERM"]
+
+
+def test_other_text_for_rounds_is_refused_with_a_command_that_rounds_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "Road", Opened)
+    made: list[str] = []
+    monkeypatch.setitem(pipeline.STEPS, "data", lambda road: ({"text": "new"}, (), lambda: made.append("data")))
+    monkeypatch.setattr(pipeline, "prune_in_rounds", lambda road, again: made.append("rounds"))
+    monkeypatch.setitem(pipeline.STEPS, "evaluate", lambda road: ({}, (), lambda: made.append("evaluate")))
+    config = config_for(tmp_path)
+    with open_run(tmp_path / "run", "") as folder:
+        folder.stage("data", {"text": "old"}, (), lambda: None, remedy="")
+    with pytest.raises(UserError, match="mpruner evaluate CONFIG"):
+        pipeline.run(config, tmp_path / "run")
+    pipeline.run(config, tmp_path / "run", last="evaluate", again=True)
+    assert made == ["data", "rounds", "evaluate"]
