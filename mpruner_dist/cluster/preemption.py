@@ -7,6 +7,7 @@ workers to stop; where none run, it stops at once.
 import faulthandler
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,10 +106,13 @@ def asking_first(request: Path | None) -> Iterator[None]:
     if request:
         request.unlink(missing_ok=True)
     _driver.busy, _driver.request = True, request
+    interrupt = signal.getsignal(signal.SIGINT)
     try:
         yield
     finally:
         _driver.busy = False
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, interrupt)  # Ray Train leaves one that asks workers that are gone
     stop_if_told()
 
 
