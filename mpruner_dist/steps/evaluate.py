@@ -48,7 +48,12 @@ def _evaluation(road: Road, name: str, models: dict[str, Path], part: str) -> St
 
         results = road.work(name, inputs)
         road.on_workers(
-            name, evaluate_job, models=models, original=road.original, blocks=road.blocks(part), results=results
+            "evaluate" if name == "evaluation" else name,
+            evaluate_job,
+            models=models,
+            original=road.original,
+            blocks=road.blocks(part),
+            results=results,
         )
         write_evaluation(results, list(models), road.folder / f"{name}.json")
 
