@@ -84,7 +84,7 @@ def stop_on_signals() -> Iterator[None]:
             f"stopped by {_driver.received}; what was saved is kept, and the same command goes on"
         ) from None
     finally:
-        _driver.watches = False
+        _driver.watches, _driver.received = False, None  # a later command of this process is not told to stop
         for number, handler in before.items():
             signal.signal(number, handler)
 
