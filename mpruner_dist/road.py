@@ -63,6 +63,11 @@ class Road:
         """The number that a layer had in the original model."""
         return layer if self.layers is None else self.layers[layer]
 
+    @property
+    def result(self) -> Path:
+        """The folder of the model that the road leads to."""
+        return self.folder / ("pruned" if self.config.retrain is None else "retrained")
+
     def plan(self) -> Plan:
         """The plan that the stage of this name made."""
         depth = len(json.loads((self.folder / "cka.json").read_text())["layers"])
@@ -74,8 +79,15 @@ class Road:
 
     def text(self, part: str) -> str:
         """Digest of the token blocks of a part of the text."""
-        summary = json.loads((self.data / "data.json").read_text())
-        return str(summary["parts"][part]["digest"])
+        return str(self._part(part)["digest"])
+
+    def num_blocks(self, part: str) -> int:
+        """How many token blocks a part of the text has."""
+        return int(self._part(part)["blocks"])
+
+    def _part(self, part: str) -> dict[str, Any]:
+        parts: dict[str, dict[str, Any]] = json.loads((self.data / "data.json").read_text())["parts"]
+        return parts[part]
 
     def work(self, kind: str, inputs: Inputs) -> Path:
         """The folder for unfinished work from these inputs."""

@@ -71,8 +71,7 @@ def prune_in_rounds(road: Road, again: bool = False) -> None:
             entry |= _measure(current, config, original)
         history.append(entry)
         if entry["accepted"]:
-            result = current.folder / ("pruned" if road.config.retrain is None else "retrained")
-            base = Base(number, str(result), entry["kept"])
+            base = Base(number, str(current.result), entry["kept"])
         else:
             rejected.append((base.round, plan.kept))
             stride += 1

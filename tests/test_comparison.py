@@ -75,12 +75,10 @@ def test_depths_go_up_to_a_third(layers: int, depths: list[int]) -> None:
 
 
 def road(folder: Path, blocks: int, validation: bool = True, **plan: Any) -> Any:
-    (folder / "data").mkdir()
-    (folder / "data/data.json").write_text(json.dumps({"parts": {"validation": {"blocks": blocks}}}))
     names = {"layers": [f"model.layers.{layer}" for layer in range(8)], "cka": [], "stderr": None}
     (folder / "cka.json").write_text(json.dumps(names | {"block_influence": [], "angular_distance": []}))
     config = SimpleNamespace(data=SimpleNamespace(validation=validation or None), plan=PlanConfig(**plan))
-    return SimpleNamespace(config=config, folder=folder, data=folder / "data")
+    return SimpleNamespace(config=config, folder=folder, num_blocks=lambda _: blocks)
 
 
 def test_nothing_is_judged_and_held_out(tmp_path: Path) -> None:

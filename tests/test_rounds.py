@@ -54,7 +54,7 @@ class Loop:
         def read() -> Plan:
             return read_plan(folder / "plan.json")
 
-        return SimpleNamespace(config=config, folder=folder, run=run, plan=read)
+        return SimpleNamespace(config=config, folder=folder, run=run, plan=read, result=folder / "retrained")
 
     def step(self, name: str) -> Any:
         def step(road: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The stage `evaluate`: what every worker does for the original, the pruned and the retrained model."""
+"""What every worker does to measure models: in the stage `evaluate`, and in the baseline and the gate of rounds."""
 
 import gc
 import json
@@ -19,7 +19,7 @@ from mpruner_dist.runs.commit import write_json
 
 
 def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
-    """Score each model on the test part and write `LABEL.json`; one that stands from an earlier attempt is kept.
+    """Score each model on a text and write `LABEL.json`; one that stands from an earlier attempt is kept.
 
     spec: config (Config), models (dict of label -> Path), original (Path), blocks (Path), results (Path), deepspeed
     (dict).

@@ -1,6 +1,5 @@
 """Beside the road: all planners at equal depth, `compare.json`. The run's plan is not touched."""
 
-import json
 import logging
 from functools import partial
 
@@ -57,8 +56,7 @@ def split(road: Road) -> tuple[int, int]:
     """
     if road.config.data.validation is None:
         raise UserError("--compare measures the loss of plans: it needs data.validation")
-    summary = json.loads((road.data / "data.json").read_text())
-    blocks = int(summary["parts"]["validation"]["blocks"])
+    blocks = road.num_blocks("validation")
     judged = road.config.plan.judge_blocks or (blocks + 1) // 2
     if judged >= blocks:
         raise UserError(

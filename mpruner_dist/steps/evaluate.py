@@ -15,22 +15,21 @@ def evaluate(road: Road) -> Step:
         models["retrained"] = road.folder / "retrained"
     if road.config.rounds is not None and not road.plan().dropped:  # no round was accepted
         models = {"original": road.source}
-    return _evaluation(road, "evaluation", models, "test")
+    return _measurement(road, "evaluate", "evaluation", models, "test")
 
 
 def baseline(road: Road) -> Step:
     """The original on the validation part: what the rounds are measured against."""
-    return _evaluation(road, "baseline", {"original": road.source}, "validation")
+    return _measurement(road, "baseline", "baseline", {"original": road.source}, "validation")
 
 
 def gate(road: Road) -> Step:
     """What a round made, on the validation part."""
-    result = road.folder / ("pruned" if road.config.retrain is None else "retrained")
-    return _evaluation(road, "gate", {"candidate": result}, "validation")
+    return _measurement(road, "gate", "gate", {"candidate": road.result}, "validation")
 
 
-def _evaluation(road: Road, name: str, models: dict[str, Path], part: str) -> Step:
-    """Make `NAME.json`, one entry for each model."""
+def _measurement(road: Road, stage: str, artefact: str, models: dict[str, Path], part: str) -> Step:
+    """Make `ARTEFACT.json`, one entry for each model."""
     inputs: Inputs = {
         "models": {label: read_checkpoint(path).fingerprint() for label, path in models.items()},
         "dtype": road.config.model.dtype,
@@ -46,15 +45,10 @@ def _evaluation(road: Road, name: str, models: dict[str, Path], part: str) -> St
     def make() -> None:
         from mpruner_dist.evaluation.job import evaluate_job, write_evaluation
 
-        results = road.work(name, inputs)
+        results = road.work(artefact, inputs)
         road.on_workers(
-            "evaluate" if name == "evaluation" else name,
-            evaluate_job,
-            models=models,
-            original=road.original,
-            blocks=road.blocks(part),
-            results=results,
+            stage, evaluate_job, models=models, original=road.original, blocks=road.blocks(part), results=results
         )
-        write_evaluation(results, list(models), road.folder / f"{name}.json")
+        write_evaluation(results, list(models), road.folder / f"{artefact}.json")
 
-    return inputs, (f"{name}.json",), make
+    return inputs, (f"{artefact}.json",), make

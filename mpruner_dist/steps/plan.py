@@ -78,8 +78,7 @@ def judged_inputs(road: Road) -> Inputs:
 
 def judging_blocks(road: Road) -> int:
     """How many blocks of the validation part plans are judged on."""
-    summary = json.loads((road.data / "data.json").read_text())
-    blocks = int(summary["parts"]["validation"]["blocks"])
+    blocks = road.num_blocks("validation")
     return min(blocks, road.config.plan.judge_blocks or blocks)
 
 
