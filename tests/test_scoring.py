@@ -17,12 +17,11 @@ from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import DistillationConfig
 from mpruner_dist.data.blocks import Blocks
 from mpruner_dist.errors import StageFailure
-from mpruner_dist.models.scoring import model_inputs, score_text, token_nll
+from mpruner_dist.models.scoring import model_inputs, next_token_nll, score_text, token_nll
 from mpruner_dist.retraining.losses import (
     Answer,
     distillation_loss,
     hidden_loss,
-    language_model_loss,
     likely_words,
     likely_words_loss,
     mixed_loss,
@@ -174,10 +173,14 @@ def test_distillation_and_its_gradient_are_those_of_torch(temperature: float) ->
     assert mine.grad[1, 2].abs().max() > 0
 
 
-def test_the_language_model_loss_is_the_one_that_validation_measures() -> None:
+def test_the_loss_and_its_gradient_are_those_of_logits_without_the_last_position() -> None:
     inputs = model_inputs(some_blocks([9, 4, 2]), CPU)
     mine, reference = some_logits(1).requires_grad_(), some_logits(1).requires_grad_()
-    loss, (expected, _) = language_model_loss(mine, inputs), token_nll(reference, inputs)
+    loss = next_token_nll(mine, inputs)
+    targets = inputs["input_ids"][:, 1:].masked_fill(inputs["attention_mask"][:, 1:] == 0, -100)
+    expected = torch.nn.functional.cross_entropy(
+        reference[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
+    )
     loss.backward()
     expected.backward()
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
@@ -242,7 +245,7 @@ def test_losses_are_mixed_by_their_shares() -> None:
     inputs = model_inputs(some_blocks([9, 4, 2]), CPU)
     student, teacher = some_logits(1), some_logits(2)
     states = [torch.randn(3, TOKENS, 5, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
-    nll = language_model_loss(student, inputs)
+    nll = next_token_nll(student, inputs)
     assert torch.equal(mixed_loss(student, [], None, inputs, None), nll)
     config = DistillationConfig(weight=0.3, temperature=2.0, hidden_weight=0.2)
     mixed = mixed_loss(student, states[:1], Answer(teacher, None, states[1:]), inputs, config)

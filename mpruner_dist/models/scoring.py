@@ -15,6 +15,9 @@ from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.data.blocks import Blocks, batch_rows, num_batches, share_of_batches
 from mpruner_dist.errors import StageFailure
 
+IGNORED = -100
+"""In the place of a token that nothing must predict."""
+
 
 @dataclass(frozen=True)
 class TextScore:
@@ -38,24 +41,30 @@ def model_inputs(blocks: Blocks, device: torch.device) -> dict[str, Any]:
     }
 
 
-def token_nll(logits_BTV: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, int]:
-    """Summed negative log-likelihood, float32, of every token after the first that is no padding, and their number."""
-    targets_BT = _targets(inputs)
-    nll = torch.nn.functional.cross_entropy(
-        logits_BTV[:, :-1].flatten(0, 1).float(), targets_BT.flatten(), ignore_index=-100, reduction="sum"
+def next_token_nll(logits_BTV: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """Summed negative log-likelihood, float32, of every token after the first that is no padding; nothing waits for it.
+
+    The last position is not cut off: of the logits that would be a copy, and another on the way back.
+    """
+    return torch.nn.functional.cross_entropy(
+        logits_BTV.flatten(0, 1).float(), _targets(inputs).flatten(), ignore_index=IGNORED, reduction="sum"
     )
-    return nll, int((targets_BT != -100).sum())
+
+
+def token_nll(logits_BTV: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, int]:
+    """`next_token_nll`, and the number of these tokens."""
+    return next_token_nll(logits_BTV, inputs), int((_targets(inputs) != IGNORED).sum())
 
 
 def token_hits(logits_BTV: Tensor, inputs: dict[str, Any]) -> int:
     """How many of the tokens that `token_nll` counts were the likeliest."""
-    return int((logits_BTV[:, :-1].argmax(-1) == _targets(inputs)).sum())
+    return int((logits_BTV.argmax(-1) == _targets(inputs)).sum())
 
 
 def _targets(inputs: dict[str, Any]) -> Tensor:
-    """Every token after the first [B, T - 1], -100 for padding."""
-    targets_BT: Tensor = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)[:, 1:]
-    return targets_BT
+    """The token after each [B, T], IGNORED where that is padding or there is none."""
+    targets_BT: Tensor = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED)[:, 1:]
+    return torch.nn.functional.pad(targets_BT, (0, 1), value=IGNORED)
 
 
 def score_text(

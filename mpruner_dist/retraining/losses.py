@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mpruner_dist.config import DistillationConfig
+from mpruner_dist.models.scoring import next_token_nll
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,6 @@ class Answer:
 def predicting(mask_BT: Tensor) -> Tensor:
     """1 for every token that predicts a token of the text, else 0; [B, T]."""
     return torch.nn.functional.pad(mask_BT[:, 1:], (0, 1))
-
-
-def language_model_loss(logits_BTV: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """Negative log-likelihood of each next token."""
-    ids_BT = torch.nn.functional.pad(inputs["input_ids"][:, 1:], (0, 1))
-    targets_BT = ids_BT.masked_fill(predicting(inputs["attention_mask"]) == 0, -100)
-    return torch.nn.functional.cross_entropy(
-        logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=-100, reduction="sum"
-    )
 
 
 def distillation_loss(student_BTV: Tensor, teacher_BTV: Tensor, mask_BT: Tensor, temperature: float) -> Tensor:
@@ -117,11 +109,11 @@ def mixed_loss(
         config: the shares.
     """
     if config is None or answer is None:
-        return language_model_loss(logits_BTV, inputs)
+        return next_token_nll(logits_BTV, inputs)
     mask, loss = inputs["attention_mask"], torch.zeros((), device=logits_BTV.device)
     rest = 1 - config.weight - config.hidden_weight
     if rest > 0:
-        loss = rest * language_model_loss(logits_BTV, inputs)
+        loss = rest * next_token_nll(logits_BTV, inputs)
     if answer.likely is not None:
         loss = loss + config.weight * likely_words_loss(logits_BTV, answer.likely, mask, config.temperature)
     elif answer.logits_BTV is not None:
