@@ -51,6 +51,17 @@ def make_model(kind: str, folder: Path, *, seed: int = 0, spread: float = 0.3, *
     return model
 
 
+def make_idle_layers(folder: Path, layers: list[int], share: float = 1e-3) -> None:
+    """A llama with a tokenizer, some of whose layers add only `share` of what they would to their input."""
+    model: Any = make_model("llama", folder, seed=3)
+    with torch.no_grad():
+        for layer in layers:
+            model.model.layers[layer].self_attn.o_proj.weight *= share
+            model.model.layers[layer].mlp.down_proj.weight *= share
+    model.save_pretrained(folder)
+    make_tokenizer(folder)
+
+
 def make_tokenizer(folder: Path) -> None:
     """A tokenizer of whole words."""
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed
 import transformers
-from conftest import make_model, make_tokenizer, on_ranks, write_config
+from conftest import make_idle_layers, make_model, on_ranks, write_config
 
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config
@@ -135,13 +135,7 @@ def test_a_search_on_two_workers_makes_the_plan_of_one(
     settings: dict[str, Any], mpruner: Any, tmp_path: Path, tiny: Path
 ) -> None:
     """Layers 3 and 5 do nothing, and the search, which must find that out from losses, is begun again from its file."""
-    model = make_model("llama", tmp_path / "model", seed=3)
-    with torch.no_grad():
-        for layer in (3, 5):
-            model.model.layers[layer].self_attn.o_proj.weight.zero_()
-            model.model.layers[layer].mlp.down_proj.weight.zero_()
-    model.save_pretrained(tmp_path / "model")
-    make_tokenizer(tmp_path / "model")
+    make_idle_layers(tmp_path / "model", [3, 5], share=0.0)
     settings["model"]["path"] = str(tmp_path / "model")
     settings["plan"] = {"method": "search", "keep_layers": 5, "passes": 20, "judge_blocks": 12}
     settings["cluster"]["workers"] = 2

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import make_model, make_tokenizer, write_config
+from conftest import make_idle_layers, write_config
 from safetensors.torch import load_file
 
 from mpruner_dist.rewriting.proof import verify_checkpoint
@@ -188,13 +188,7 @@ def test_planted_redundancy_is_found(settings: dict[str, Any], mpruner: Run, tmp
 
     It is settled early, and after the same batches for two workers.
     """
-    model = make_model("llama", tmp_path / "model", seed=3)
-    with torch.no_grad():
-        for layer in (3, 4, 5):
-            model.model.layers[layer].self_attn.o_proj.weight *= 1e-3
-            model.model.layers[layer].mlp.down_proj.weight *= 1e-3
-    model.save_pretrained(tmp_path / "model")
-    make_tokenizer(tmp_path / "model")
+    make_idle_layers(tmp_path / "model", [3, 4, 5])
     settings["model"]["path"] = str(tmp_path / "model")
     settings["data"]["pack"] = False
     settings["collect"] |= {"batch_size": 6, "samples": 48, "num_batches": 15, "until": "settled", "check_every": 5}

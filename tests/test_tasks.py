@@ -1,0 +1,80 @@
+"""Rounds that a task of the lm-evaluation-harness judges: its values, and a whole loop on a small model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_idle_layers, write_config
+
+from mpruner_dist.config import TaskConfig
+from mpruner_dist.errors import UserError
+from mpruner_dist.evaluation.tasks import read_value
+from mpruner_dist.rewriting.proof import verify_checkpoint
+
+
+def harness_results(**values: float) -> Any:
+    results = {"alias": "quiz", **{f"{name},none": value for name, value in values.items()}, "acc_stderr,none": 0.1}
+    return {"results": {"quiz": results}, "higher_is_better": {"quiz": {"acc": True, "bits": False}}}
+
+
+def test_values_of_a_task() -> None:
+    task = TaskConfig(name="quiz")
+    assert read_value(harness_results(acc=0.5, bits=2.0), task) == {
+        "task": 0.5, "task_metric": "acc", "task_less_is_better": False,
+    }  # fmt: skip
+    other = task.model_copy(update={"metric": "bits"})
+    assert read_value(harness_results(acc=0.5, bits=2.0), other)["task_less_is_better"] is True
+    with pytest.raises(UserError, match=r"no metric 'f1': set rounds.task.metric to one of acc, bits"):
+        read_value(harness_results(acc=0.5, bits=2.0), task.model_copy(update={"metric": "f1"}))
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_whole_loop(settings: dict[str, Any], mpruner: Any, tmp_path: Path) -> None:
+    """Layers 3 to 5 are idle: the first round takes just them, the next finds nothing more; all in the original's
+    numbers, judged by a task of our own with the harness."""
+    make_idle_layers(tmp_path / "model", [3, 4, 5])
+    write_task(tmp_path / "tasks")
+    settings["model"]["path"] = str(tmp_path / "model")
+    settings["collect"]["num_batches"] = 4
+    settings["plan"] = {"method": "anchor", "threshold": 0.99}
+    settings["retrain"] |= {"steps": 4, "eval_every": 2}  # DeepSpeed warms up from a rate of 0
+    task = {"name": "quiz", "metric": "acc", "folder": str(tmp_path / "tasks")}
+    settings["rounds"] = {"tolerance": 0.5, "metric": "task", "task": task}
+    config = write_config(tmp_path / "config.yaml", settings)
+    run = tmp_path / "run"
+    code, output = mpruner("run", config, "--run-dir", run)
+    assert code == 0, output
+    record = json.loads((run / "rounds.json").read_text())
+    assert [entry["removed"] for entry in record["rounds"]] == [[3, 4, 5]]
+    assert record["task"] == "quiz acc"
+    assert 0 <= record["rounds"][0]["metric"] <= 1
+    assert record["stopped"].startswith("no layers are alike enough")
+    assert json.loads((run / "plan.json").read_text())["dropped"] == [3, 4, 5]
+    assert json.loads((run / "retrained/layer_map.json").read_text())["new_to_old"] == [0, 1, 2, 6, 7]
+    assert (run / "retrained/model.safetensors").samefile(run / "round-01/retrained/model.safetensors")
+    verify_checkpoint(run / "retrained")
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert list(evaluation) == ["original", "pruned", "retrained"]
+    assert "0.5 is tolerated" in (run / "report.html").read_text()
+    assert "## Rounds" in (run / "retrained/README.md").read_text()
+    code, output = mpruner("run", config, "--run-dir", run)
+    assert code == 0, output
+    assert "starting Ray" not in output
+    code, output = mpruner("plan", config, "--run-dir", run)
+    assert code == 2
+    assert "--set rounds=null" in output
+
+
+def write_task(folder: Path) -> None:
+    """A multiple-choice task of the harness over words of the tokenizer."""
+    folder.mkdir()
+    rows = [{"question": f"w{n} w{n + 1}", "choices": [f"w{n + 2}", f"w{n + 3}"], "answer": n % 2} for n in range(6)]
+    (folder / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "quiz.yaml").write_text(
+        "task: quiz\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {json.dumps(str(folder / 'quiz.jsonl'))}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: question\ndoc_to_choice: choices\n"
+        "doc_to_target: answer\nmetric_list:\n- {metric: acc, aggregation: mean, higher_is_better: true}\n"
+    )
