@@ -56,11 +56,7 @@ NO_TORCH = {
     "planning.greedy", "planning.losses", "planning.planner", "planning.proposals", "planning.ranking",
     "planning.search", "similarity.finalise", "similarity.sums", "similarity.stage",
     "rewriting.finished", "rewriting.layout", "retraining.freezing", "retraining.settings",
-<<<<<<< HEAD
-    "reporting", "road", "steps", "rounds", "pipeline", "commands", "cli",
-=======
-    "reporting", "road", "steps", "rounds", "pipeline", "options", "submission", "cli",
->>>>>>> 968e8a1 (The sub-app submit, where commands of batch systems go; options that commands share have a module)
+    "reporting", "road", "steps", "rounds", "pipeline", "commands", "options", "submission", "cli",
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mpruner_dist.errors import UserError
 from mpruner_dist.runs.commit import disk_errors, write_bytes, write_json, write_text
@@ -149,16 +149,24 @@ def open_run(path: Path, resolved_config: str) -> Iterator[RunFolder]:
     Raises:
         UserError: another process owns it, or the folder is something else's.
     """
+    with begin_run(path) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another mpruner works in {path}: wait for it or give another --run-dir") from error
+        yield RunFolder(path, resolved_config)
+
+
+def begin_run(path: Path) -> IO[str]:
+    """Make a run folder with a place for logs, if it is not there; return the file to lock by who owns it.
+
+    Raises:
+        UserError: the folder is something else's.
+    """
     if path.exists() and not path.is_dir():
         raise UserError(f"the run folder {path} is a file: give another --run-dir")
     if path.is_dir() and any(path.iterdir()) and not (path / ".lock").exists():
         raise UserError(f"the run folder {path} is not empty and no run's: give another --run-dir")
     with disk_errors(path):
         (path / "logs").mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another mpruner works in {path}: wait for it or give another --run-dir") from error
-        yield RunFolder(path, resolved_config)
+        return (path / ".lock").open("w")
