@@ -27,7 +27,18 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print
 
 
 @app.command()
-def run(config: ConfigFile, run_dir: RunDir = None, override: Set = None, dry_run: DryRun = False) -> None:
+def run(
+    config: ConfigFile,
+    run_dir: RunDir = None,
+    override: Set = None,
+    until: Annotated[
+        str, typer.Option(help="Stop after this stage: data, collect, plan, rewrite, retrain, evaluate or report.")
+    ] = "report",
+    collected: Annotated[
+        Path | None, typer.Option(metavar="RUN_DIR", help="Take the similarities over from another run folder.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
     """Prune, retrain, evaluate and report. The same command again goes on where it was stopped.
 
     Example: mpruner run configs/demo.yaml --run-dir runs/demo --set plan.threshold=0.97
@@ -38,7 +49,7 @@ def run(config: ConfigFile, run_dir: RunDir = None, override: Set = None, dry_ru
 
         _print_rows("What would happen", describe(settings))
         return
-    _walk(settings, config, run_dir, "report")
+    _walk(settings, config, run_dir, until, collected=collected)
 
 
 @app.command()
@@ -121,12 +132,21 @@ def status(run_dir: Annotated[Path, typer.Argument(help="A run folder.")]) -> No
     _print_rows(str(run_dir), rows)
 
 
-def _walk(settings: Config, config: Path, run_dir: Path | None, last: str, again: bool = False) -> None:
+def _walk(
+    settings: Config,
+    config: Path,
+    run_dir: Path | None,
+    last: str,
+    again: bool = False,
+    collected: Path | None = None,
+) -> None:
     from mpruner_dist import pipeline
     from mpruner_dist.cluster.preemption import stop_on_signals
 
     with stop_on_signals():
-        folder = pipeline.run(settings, run_dir or Path("runs") / config.stem, last=last, again=again)
+        folder = pipeline.run(
+            settings, run_dir or Path("runs") / config.stem, last=last, again=again, collected=collected
+        )
     if last in ("evaluate", "report"):
         from mpruner_dist.reporting.table import print_evaluation
 
@@ -136,8 +156,10 @@ def _walk(settings: Config, config: Path, run_dir: Path | None, last: str, again
 
             print_rounds(folder / "rounds.json")
     artefact = {
+        "data": "data",
         "collect": "cka.json",
         "plan": "plan.json",
+        "rewrite": "pruned",
         "retrain": "retrained",
         "evaluate": "evaluation.json",
     }

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from mpruner_dist.errors import UserError
 from mpruner_dist.options import ConfigFile, RunDir, Set
 
 app = typer.Typer(no_args_is_help=True, help="Start a run elsewhere, by a batch system.")
@@ -13,6 +14,57 @@ Address = Annotated[
     str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, such as http://HEAD:8265.")
 ]
 Job = Annotated[str, typer.Argument(metavar="JOB", help="As `mpruner submit ray` said it.")]
+
+
+@app.command()
+def slurm(
+    config: ConfigFile,
+    run_dir: RunDir = None,
+    override: Set = None,
+    nodes: Annotated[str, typer.Option(help="How many, or the least and the most: 2-4.")] = "1",
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="A worker on each. Without it, workers as in CONFIG, on CPUs.")
+    ] = None,
+    partition: Annotated[str | None, typer.Option(help="Where to run.")] = None,
+    account: Annotated[str | None, typer.Option(help="Who pays.")] = None,
+    time: Annotated[
+        str | None, typer.Option(help="Limit of a start, such as 8:00:00; what is not done then goes on in the next.")
+    ] = None,
+    then: Annotated[
+        str | None, typer.Option(metavar="retrain", help="Retrain and evaluate in a second job, of another shape.")
+    ] = None,
+    then_nodes: Annotated[str | None, typer.Option(help="Nodes of the second job.")] = None,
+    then_gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs a node of the second job.")] = None,
+    sweep: Annotated[
+        str | None, typer.Option(metavar="KEY=V1,V2", help="Collect once, then run with each value as an array.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands and the script.")] = False,
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- SBATCH OPTIONS]", help="Anything else for sbatch.")
+    ] = None,
+) -> None:
+    """Run a configuration as a job of Slurm that goes back into the queue when it is preempted or out of time.
+
+    Example: mpruner submit slurm configs/mine.yaml --nodes 2 --gpus-per-node 8 --time 8:00:00 -- --qos=long
+    """
+    from mpruner_dist.submission.slurm import Shape, describe, plan_submissions, submit
+
+    if then not in (None, "retrain"):
+        raise UserError(f"--then {then}: only `retrain` can follow")
+    if then is None and (then_nodes or then_gpus_per_node):
+        raise UserError("--then-nodes and --then-gpus-per-node go with --then retrain")
+    named = {"partition": partition, "account": account, "time": time}
+    given = [f"--{name}={value}" for name, value in named.items() if value is not None]
+    second = Shape(then_nodes or nodes, then_gpus_per_node or gpus_per_node) if then else None
+    jobs = plan_submissions(
+        config, run_dir, override or [], Shape(nodes, gpus_per_node), [*given, *(options or [])],
+        then=second, sweep=sweep,
+    )  # fmt: skip
+    if dry_run:
+        typer.echo(describe(jobs))
+        return
+    for number in submit(jobs):
+        typer.echo(f"job {number}, log mpruner-{number}.log; squeue -j {number}, scancel {number}")
 
 
 @app.command()
