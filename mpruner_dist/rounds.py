@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpruner_dist.config import CLUSTERED, Config, RoundsConfig
-from mpruner_dist.errors import UserError
+from mpruner_dist.errors import Fruitless, UserError
 from mpruner_dist.road import Road
 from mpruner_dist.runs.commit import write_json
 from mpruner_dist.runs.folder import RunFolder
@@ -80,7 +80,7 @@ def prune_in_rounds(road: Road, again: bool = False) -> None:
     _write(road, config, original, history, stop)
     log.info("rounds    end: %s", stop)
     if base.round == 0:
-        log.warning("no round stayed within the tolerance of %g: the original is kept as it is", config.tolerance)
+        log.warning("no round was accepted: the original is kept as it is")
     _walk(road, ["result"], again)
 
 
@@ -90,7 +90,7 @@ def _reason_to_stop(config: Config, base: Base, stride: int, done: int) -> str:
     if done == rounds.max_rounds:
         return f"rounds.max_rounds: {done} rounds are done"
     if stride > rounds.max_stride:
-        return f"no stride is left: at stride {rounds.max_stride} the tolerance was broken too"
+        return f"no stride is left: at stride {rounds.max_stride} a round was rolled back too"
     if len(base.layers) <= (config.plan.keep_layers or 1):
         return f"the budget is reached: {len(base.layers)} layers are left"
     return ""
@@ -127,7 +127,14 @@ def round_config(config: Config, base: Base, stride: int) -> Config:
 
 def _measure(road: Road, config: RoundsConfig, original: dict[str, Any]) -> dict[str, Any]:
     """Rewrite, retrain and measure what the plan leaves, and decide."""
-    _walk(road, ["rewrite", *(["retrain"] if road.config.retrain is not None else []), "gate"])
+    _walk(road, ["rewrite"])
+    if road.config.retrain is not None:
+        try:
+            _walk(road, ["retrain"])
+        except Fruitless as error:
+            road.folder.give_up("retrain", str(error))
+            return {"accepted": False, "why": str(error)}
+    _walk(road, ["gate"])
     candidate = json.loads((road.folder / "gate.json").read_text())["candidate"]
     share = less_is_better(config, original)
     change = candidate[config.metric] - original[config.metric]

@@ -62,6 +62,8 @@ def _known(run_dir: Path) -> dict[str, dict[str, Any]]:
 def _state(stage: dict[str, Any], folder: Path) -> str:
     if stage["state"] == "done":
         return f"done in {stage['seconds']:.1f} s: {', '.join(stage['outputs'])}"
+    if stage["state"] == "given up":
+        return f"given up: {stage['why']}"
     begun = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(stage["since"]))
     progress = read_progress(folder / "logs" / "progress.json")
     far = progress_line(progress).strip() if progress else "no progress told"

@@ -1,6 +1,7 @@
 """The stage `retrain`: what every worker does."""
 
 import json
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ from mpruner_dist.cluster.engine import gathered, make_engine, start_deepspeed
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config, RetrainConfig
 from mpruner_dist.data.blocks import Blocks, load_blocks
-from mpruner_dist.errors import StageFailure
+from mpruner_dist.errors import Fruitless, StageFailure
 from mpruner_dist.models.engines import load_for
 from mpruner_dist.models.scoring import model_inputs, score_text
 from mpruner_dist.models.stacks import only_blocks
@@ -48,7 +49,8 @@ def retrain_job(worker: Worker, spec: dict[str, Any]) -> None:
 
     Raises:
         UserError: a checkpoint of another run.
-        StageFailure: a loss or a weight that is not finite, a frozen weight that moved, a full disk.
+        Fruitless: a loss or a weight that is not finite, or no weight that moved.
+        StageFailure: a frozen weight that moved, a full disk.
         Preempted: a signal came; a checkpoint is saved.
     """
     config: Config = spec["config"]
@@ -154,35 +156,54 @@ class Trainer:
             rows: training blocks of the step, in the order of the micro-batches.
 
         Raises:
-            StageFailure: a loss that is not finite, or float16 that overflows at every scale.
+            Fruitless: a loss that is not finite, or float16 that overflows at every scale.
         """
-        kept = f"{self.work}/step-{self.saved:06d} is kept" if self.saved else "no sharded checkpoint was saved before"
+        kept = (
+            f"the sharded checkpoint of step {self.saved} is kept"
+            if self.saved
+            else "no sharded checkpoint was saved before"
+        )
         size = self.config.micro_batch_size
         bad = sorted(row for index, row in enumerate(rows) if not finite[index // size])
         if bad:
-            raise StageFailure(
+            raise Fruitless(
                 f"the loss of step {step + 1} is not finite (training blocks {bad}): lower "
                 f"retrain.learning_rate, or set model.dtype bfloat16 or float32; {kept}"
             )
         self.skipped = 0 if self.engine.was_step_applied() else self.skipped + 1
         if self.skipped >= OVERFLOWS:
-            raise StageFailure(
+            raise Fruitless(
                 f"the gradients of {self.skipped} steps one after another, up to step {step + 1}, overflow float16 "
                 f"however small the loss is scaled: set model.dtype bfloat16 or float32; {kept}"
             )
 
     def _validate(self, step: int, validation: Blocks, batch_size: int) -> None:
+        """Record the validation loss.
+
+        Raises:
+            Fruitless: it is not finite.
+        """
         self.engine.eval()
         score = score_text(self.worker, self.engine, validation, batch_size)
         self.engine.train()
+        if not math.isfinite(score.nll):
+            way_out = "lower retrain.learning_rate" if step else "remove fewer layers"
+            raise Fruitless(
+                f"the validation loss after {step} steps is not finite: {way_out}, or set model.dtype bfloat16 or "
+                "float32"
+            )
         self.metrics.record({"step": step, "validation_loss": score.nll})
         self.worker.log(f"step {step}: validation loss {score.nll:.4f}")
 
 
 def require_change(exported: Exported, config: RetrainConfig) -> None:
-    """Training that moved no weight has failed, whatever its losses say."""
+    """Training that moved no weight has failed, whatever its losses say.
+
+    Raises:
+        Fruitless: no trained tensor differs.
+    """
     if not exported.changed_tensors:
-        raise StageFailure(
+        raise Fruitless(
             f"none of the {exported.trained_tensors} trained tensors has changed after {config.steps} steps: raise "
             "retrain.learning_rate, or set model.dtype float32 if it is too small for the number type"
         )
