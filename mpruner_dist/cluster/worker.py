@@ -111,7 +111,11 @@ class Worker:
         sys.stderr.write(f"{time.strftime('%H:%M:%S')} rank {self.rank} on {self.host}: {message}\n")
 
     def run(self, job: Job, spec: dict[str, Any]) -> None:
-        """Do the job with this process's output in the worker's log; leave a note beside it if the job fails."""
+        """Do the job with this process's output in the worker's log; leave a note beside it if the job fails.
+
+        Raises:
+            Preempted: a signal came, and the job stopped for it, or ended before it looked again.
+        """
         with (self.logs / f"{self.stage}-rank{self.rank}.log").open("a") as file:
             os.dup2(file.fileno(), sys.stdout.fileno())
             os.dup2(file.fileno(), sys.stderr.fileno())
@@ -120,6 +124,8 @@ class Worker:
         try:
             with self._signals:
                 job(self, spec)
+                if self.must_stop():  # a signal that came after the job's last look, as in an export
+                    self.stop("its work is done")
         except BaseException as error:
             traceback.print_exc()
             self._note(raised=type(error).__name__, when=time.time())
