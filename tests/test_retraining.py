@@ -19,7 +19,7 @@ from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config, DistillationConfig, RetrainConfig
 from mpruner_dist.data.blocks import Blocks, load_blocks, save_blocks
-from mpruner_dist.errors import StageFailure, UserError
+from mpruner_dist.errors import Fruitless, StageFailure, UserError
 from mpruner_dist.models.loading import load_model
 from mpruner_dist.models.scoring import model_inputs
 from mpruner_dist.retraining import job
@@ -320,9 +320,26 @@ def test_single_overflows_of_float16_pass_and_a_long_row_does_not(tmp_path: Path
 def test_training_that_moves_nothing_fails(tmp_path: Path) -> None:
     config = config_for(tmp_path).retrain
     assert config is not None
-    job.require_change(Exported(trained_tensors=3, changed_tensors=1), config)
-    with pytest.raises(StageFailure, match="none of the 3 trained tensors has changed after 3 steps"):
-        job.require_change(Exported(trained_tensors=3), config)
+    job.require_change(Exported(trained_tensors=3, changed_tensors=1), config, [0.0])
+    with pytest.raises(
+        Fruitless, match=r"none of the 3 trained tensors has changed after 3 steps: raise .*learning_rate"
+    ):
+        job.require_change(Exported(trained_tensors=3), config, [0.0, 1e-9, 0.0])
+
+
+def a_warm_up_of_all_steps_is_to_blame(folder: Path) -> None:
+    for steps, warmup, way_out in (
+        (2, 1, r"raise retrain\.steps, or lower retrain\.warmup_steps 1$"),
+        (1, 0, r"steps$"),
+    ):
+        with pytest.raises(Fruitless, match=f"the learning rate was 0 in all of them: .*{way_out}"):
+            retrain(folder, f"{steps} steps", {}, steps=steps, warmup_steps=warmup)
+    retrain(folder, "moved", {}, steps=2, warmup_steps=0)
+
+
+@pytest.mark.ray  # as slow as those that start Ray: it imports DeepSpeed
+def test_training_within_the_warm_up_says_so(models: Path) -> None:
+    on_ranks(1, a_warm_up_of_all_steps_is_to_blame, models)
 
 
 def test_hidden_states_are_kept_only_while_they_are_asked_for() -> None:

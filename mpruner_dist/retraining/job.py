@@ -72,7 +72,7 @@ def retrain_job(worker: Worker, spec: dict[str, Any]) -> None:
     exported = export_weights(weights, pruned, partial, gathered, worker.is_first)
     worker.barrier()
     if worker.is_first:
-        require_change(exported, retrain)
+        require_change(exported, retrain, trainer.metrics.rates())
         read_checkpoint(partial)
         write_json(trainer.work / EXPORTED, asdict(exported))
         commit_folder(partial, target)
@@ -104,10 +104,11 @@ class Trainer:
         self.worker.begin_progress("retrain", "steps", config.steps, first)
         for step in range(first, config.steps):
             begun = time.monotonic()
+            rate = self.engine.get_lr()[0]  # the scheduler then sets that of the next step
             loss = self._step(step, train, order)
             done = step + 1
             seconds = time.monotonic() - begun
-            self.metrics.record({"step": done, "loss": loss, "lr": self.engine.get_lr()[0], "seconds": seconds})
+            self.metrics.record({"step": done, "loss": loss, "lr": rate, "seconds": seconds})
             self.worker.tell(done, f"loss {loss:.3f}")
             stops = self.worker.must_stop()
             if done % config.save_every == 0 or done == config.steps or stops:
@@ -196,17 +197,29 @@ class Trainer:
         self.worker.log(f"step {step}: validation loss {score.nll:.4f}")
 
 
-def require_change(exported: Exported, config: RetrainConfig) -> None:
+def require_change(exported: Exported, config: RetrainConfig, rates: list[float]) -> None:
     """Training that moved no weight has failed, whatever its losses say.
+
+    Args:
+        exported: what the tensors were.
+        config: of the training.
+        rates: of learning, step by step.
 
     Raises:
         Fruitless: no trained tensor differs.
     """
-    if not exported.changed_tensors:
+    if exported.changed_tensors:
+        return
+    nothing = f"none of the {exported.trained_tensors} trained tensors has changed after {config.steps} steps"
+    if not any(rates):
+        lower = f", or lower retrain.warmup_steps {config.warmup_steps}" if config.warmup_steps else ""
         raise Fruitless(
-            f"none of the {exported.trained_tensors} trained tensors has changed after {config.steps} steps: raise "
-            "retrain.learning_rate, or set model.dtype float32 if it is too small for the number type"
+            f"{nothing}, for the learning rate was 0 in all of them: DeepSpeed's first step has none, nor has "
+            f"the second of a warm-up; raise retrain.steps{lower}"
         )
+    raise Fruitless(
+        f"{nothing}: raise retrain.learning_rate, or set model.dtype float32 if it is too small for the number type"
+    )
 
 
 def _section(config: Config) -> RetrainConfig:
