@@ -132,6 +132,12 @@ def test_a_damaged_model_is_named(
         ("retrain", {"batch_size": 5}, r"retrain.batch_size 5 must be a multiple of .* = 2"),
         ("retrain", {"warmup_steps": 6}, "warmup_steps 6 must be less than steps 6"),
         ("retrain", {"deepspeed": "nowhere.json"}, "cannot read the DeepSpeed configuration nowhere.json"),
+        ("retrain", {"lora": {"targets": ["q_prj", "v_proj"]}}, r"projection 'q_prj' \(did you mean q_proj or "),
+        (
+            "retrain",
+            {"lora": {"targets": ["mlp.upproj"]}},
+            r"'mlp\.upproj' \(did you mean mlp\.up_proj or .* there are ",
+        ),
         ("retrain", {"distillation": {"top_k": 129}}, "top_k 129 is more than the 128 words of the vocabulary"),
         ("retrain", {"distillation": {"teacher": "./nowhere"}}, "'./nowhere': there is no such folder"),
         ("cluster", {"zero_stage": 2}, "Input should be 'auto', 0 or 3, got 2"),
@@ -300,6 +306,16 @@ def test_a_dry_run_tells_of_the_first_round(command: Cli, tmp_path: Path, settin
     code, output = dry_run(command, tmp_path, settings)
     assert code == 2
     assert "the model has 8 layers, so that none would go" in output
+
+
+def test_a_run_refuses_unknown_targets_of_adapters_before_it_collects(
+    command: Cli, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    settings["retrain"]["lora"] = {"targets": ["gate"]}
+    code, output = command("run", write_config(tmp_path / "config.yaml", settings), "--run-dir", tmp_path / "run")
+    assert code == 2
+    assert "no layer has a projection 'gate' (did you mean gate_proj?); there are mlp.down_proj, " in output
+    assert "starting Ray" not in output
 
 
 def test_depths_go_with_a_comparison(command: Cli, tmp_path: Path, settings: dict[str, Any]) -> None:

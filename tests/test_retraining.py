@@ -199,7 +199,9 @@ def adapters_are_trained(folder: Path) -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
     for tensor, value in exported(folder, "lora 1").items():
         torch.testing.assert_close(exported(folder, "lora 3")[tensor], value, rtol=1e-2, atol=2e-3)
-    with pytest.raises(UserError, match=r"no layer has a projection 'proj'; there are mlp\.down_proj, .*q_proj"):
+    with pytest.raises(
+        UserError, match=r"no layer has a projection 'proj' \(did you mean .*; there are mlp\.down_proj, .*q_proj"
+    ):
         retrain(folder, "lora wrong", {}, lora={"targets": ["proj"]})
     if not torch.ops.mkldnn._is_mkldnn_fp16_supported():  # few processors do
         with pytest.raises(UserError, match="does not compute in float16"):
