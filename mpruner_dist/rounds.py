@@ -49,6 +49,7 @@ def prune_in_rounds(road: Road, again: bool = False) -> None:
     original = json.loads((road.folder / "baseline.json").read_text())["original"]
     if (keep := road.config.plan.keep_layers or 1) >= original["layers"]:
         raise UserError(f"plan.keep_layers: rounds end at {keep} layers, and the model has only {original['layers']}")
+    _require_measure(config, original)
     base, stride = Base(0, road.config.model.path, list(range(original["layers"]))), 1
     history: list[dict[str, Any]] = []
     rejected: list[tuple[int, list[int]]] = []
@@ -151,6 +152,20 @@ def _measure(road: Road, config: RoundsConfig, original: dict[str, Any]) -> dict
         "why": f"{config.metric} {original[config.metric]:.4g} -> {candidate[config.metric]:.4g}, "
         f"{change_text(change, share)}, where {limit_text(config, share)}",
     }
+
+
+def _require_measure(config: RoundsConfig, original: dict[str, Any]) -> None:
+    """Refuse what no share can be taken of.
+
+    Raises:
+        UserError: the original's value is not above 0 where the tolerance is a share of it.
+    """
+    if config.task and less_is_better(config, original) and original["task"] <= 0:
+        raise UserError(
+            f"{original['task_metric']} of the task {config.task.name} is {original['task']:g} for the original, and "
+            f"rounds.tolerance {config.tolerance:g} is a share of it, as of every metric of which less is better: "
+            "choose another rounds.task.metric or another task"
+        )
 
 
 def less_is_better(config: RoundsConfig, original: dict[str, Any]) -> bool:

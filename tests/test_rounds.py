@@ -208,6 +208,22 @@ def test_accuracy_is_judged_by_difference(loop: Any) -> None:
     assert record["rounds"][1]["why"] == "accuracy 0.5 -> 0.47, -0.0300, where -0.02 is tolerated"
 
 
+@pytest.mark.parametrize("value", [0.0, -1.5])
+def test_a_task_of_whose_value_no_share_can_be_taken_is_refused(loop: Any, value: float) -> None:
+    made = loop(tolerance=0.02, metric="task", task={"name": "quiz"})
+    content = made.content
+    of_task = {"task": value, "task_metric": "bits", "task_less_is_better": True}
+
+    def baseline(name: str, road: Any) -> Any:
+        return {"original": content(name, road)["original"] | of_task} if name == "baseline" else content(name, road)
+
+    made.content = baseline
+    with pytest.raises(
+        UserError, match=f"bits of the task quiz is {value:g} for the original.*another rounds.task.metric"
+    ):
+        made.run()
+
+
 def test_another_configuration_is_refused_with_the_way_out(loop: Any) -> None:
     made = loop(tolerance=0.06)
     made.run()
