@@ -11,11 +11,12 @@ from round_loop import DEPTH, Loop, decisions, make_config
 from test_reporting import edit, make_run
 
 from mpruner_dist import pipeline
-from mpruner_dist.config import Config
+from mpruner_dist.config import Config, RoundsConfig
 from mpruner_dist.errors import Fruitless, Preempted, StageFailure, UserError
 from mpruner_dist.reporting.report import write_report
 from mpruner_dist.reporting.rounds import round_rows, rounds_figure, rounds_summary
 from mpruner_dist.reporting.status import status_of_rounds
+from mpruner_dist.runs.commit import write_json
 from mpruner_dist.runs.folder import RunFolder, open_run
 
 
@@ -243,6 +244,24 @@ def test_what_is_told_of_rounds(loop: Any) -> None:
     assert told["round-01"].startswith("accepted: perplexity 10 -> 10.5")
     assert told["round-02 gate"].startswith("done in")
     assert told["rounds"].startswith("end: no stride is left")
+
+
+def test_folders_that_another_tolerance_left_are_not_told(loop: Any) -> None:
+    made = loop(tolerance=0.06, max_rounds=2)
+    made.run()
+    assert (made.folder / "round-02").is_dir()
+    made.config = made.config.model_copy(update={"rounds": RoundsConfig(tolerance=0.06, max_rounds=1)})
+    record = made.run()
+    assert {name.split()[0] for name, _ in status_of_rounds(made.folder)} == {
+        "baseline",
+        "round-01",
+        "rounds",
+        "result",
+    }
+    write_json(made.folder / "rounds.json", record | {"stopped": None})  # as before the second round ends
+    assert "round-02 gate" in dict(status_of_rounds(made.folder))
+    write_json(made.folder / "rounds.json", record | {"stopped": None, "rounds": []})
+    assert "round-02 gate" not in dict(status_of_rounds(made.folder))
 
 
 @pytest.mark.parametrize(
