@@ -180,7 +180,9 @@ def change_text(change: float, share: bool) -> str:
 
 def limit_text(config: RoundsConfig, share: bool) -> str:
     """What change is tolerated."""
-    return f"at most {100 * config.tolerance:+g} % is tolerated" if share else f"{-config.tolerance:+g} is tolerated"
+    if share:
+        return f"at most {100 * config.tolerance:+g} % is tolerated"
+    return f"a loss of at most {config.tolerance:g} is tolerated"
 
 
 def _write(

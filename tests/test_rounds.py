@@ -206,7 +206,7 @@ def test_accuracy_is_judged_by_difference(loop: Any) -> None:
     made.value = lambda kept: next(values)
     record = made.run()
     assert [entry["accepted"] for entry in record["rounds"]] == [True, False]
-    assert record["rounds"][1]["why"] == "accuracy 0.5 -> 0.47, -0.0300, where -0.02 is tolerated"
+    assert record["rounds"][1]["why"] == "accuracy 0.5 -> 0.47, -0.0300, where a loss of at most 0.02 is tolerated"
 
 
 @pytest.mark.parametrize("value", [0.0, -1.5])

@@ -75,7 +75,7 @@ def test_a_whole_loop(settings: dict[str, Any], mpruner: Any, tmp_path: Path) ->
     verify_checkpoint(run / "retrained")
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert list(evaluation) == ["original", "pruned", "retrained"]
-    assert "0.5 is tolerated" in (run / "report.html").read_text()
+    assert "a loss of at most 0.5 is tolerated" in (run / "report.html").read_text()
     assert "## Rounds" in (run / "retrained/README.md").read_text()
     code, output = mpruner("run", config, "--run-dir", run)
     assert code == 0, output
