@@ -128,14 +128,12 @@ def round_config(config: Config, base: Base, stride: int) -> Config:
 
 def _measure(road: Road, config: RoundsConfig, original: dict[str, Any]) -> dict[str, Any]:
     """Rewrite, retrain and measure what the plan leaves, and decide."""
-    _walk(road, ["rewrite"])
-    if road.config.retrain is not None:
+    for stage in ("rewrite", *(["retrain"] if road.config.retrain is not None else []), "gate"):
         try:
-            _walk(road, ["retrain"])
+            _walk(road, [stage])
         except Fruitless as error:
-            road.folder.give_up("retrain", str(error))
+            road.folder.give_up(stage, str(error))
             return {"accepted": False, "why": str(error)}
-    _walk(road, ["gate"])
     candidate = json.loads((road.folder / "gate.json").read_text())["candidate"]
     share = less_is_better(config, original)
     change = candidate[config.metric] - original[config.metric]

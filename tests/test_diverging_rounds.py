@@ -15,6 +15,7 @@ def test_rounds_whose_training_diverges_are_rolled_back(settings: dict[str, Any]
     settings["retrain"] |= {"learning_rate": 1e30, "distillation": None}
     settings["rounds"] = {"tolerance": 0.5, "remove": 2, "max_stride": 2}
     settings["collect"]["num_batches"] = 4
+    settings["retrain"]["eval_every"] = 6  # the loss of a step is looked at before that of the validation text
     config, run = write_config(tmp_path / "config.yaml", settings), tmp_path / "run"
     code, output = mpruner("run", config, "--run-dir", run)
     assert code == 0, output

@@ -113,6 +113,17 @@ def test_a_round_whose_training_comes_to_nothing_is_rolled_back_and_not_trained_
     assert trained == ["retrain"]
 
 
+def test_a_round_whose_model_has_no_finite_loss_is_rolled_back_without_retraining_too(loop: Any) -> None:
+    made = loop(tolerance=0.5, max_rounds=1)
+    made.config = made.config.model_copy(update={"retrain": None})
+
+    def value(kept: list[int]) -> float:
+        raise Fruitless("the model's loss on the text is not finite")
+
+    made.value = value
+    assert made.run()["rounds"][0]["why"] == "the model's loss on the text is not finite"
+
+
 def test_a_round_that_was_given_up_is_refused_to_other_training(loop: Any) -> None:
     made = loop(tolerance=0.5, max_rounds=1)
     content = made.content

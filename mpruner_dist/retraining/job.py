@@ -1,7 +1,6 @@
 """The stage `retrain`: what every worker does."""
 
 import json
-import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -185,14 +184,12 @@ class Trainer:
             Fruitless: it is not finite.
         """
         self.engine.eval()
-        score = score_text(self.worker, self.engine, validation, batch_size)
+        try:
+            score = score_text(self.worker, self.engine, validation, batch_size)
+        except Fruitless as error:
+            also = ", or lower retrain.learning_rate" if step else ""
+            raise Fruitless(f"after {step} steps {error}{also}") from error
         self.engine.train()
-        if not math.isfinite(score.nll):
-            way_out = "lower retrain.learning_rate" if step else "remove fewer layers"
-            raise Fruitless(
-                f"the validation loss after {step} steps is not finite: {way_out}, or set model.dtype bfloat16 or "
-                "float32"
-            )
         self.metrics.record({"step": step, "validation_loss": score.nll})
         self.worker.log(f"step {step}: validation loss {score.nll:.4f}")
 
