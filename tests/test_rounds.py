@@ -14,7 +14,7 @@ from mpruner_dist import pipeline
 from mpruner_dist.config import Config, RoundsConfig
 from mpruner_dist.errors import Fruitless, Preempted, StageFailure, UserError
 from mpruner_dist.reporting.report import write_report
-from mpruner_dist.reporting.rounds import round_rows, rounds_figure, rounds_summary
+from mpruner_dist.reporting.rounds import print_rounds, round_rows, rounds_figure, rounds_summary
 from mpruner_dist.reporting.status import status_of_rounds
 from mpruner_dist.runs.commit import write_json
 from mpruner_dist.runs.folder import RunFolder, open_run
@@ -255,6 +255,20 @@ def test_what_is_told_of_rounds(loop: Any) -> None:
     assert told["round-01"].startswith("accepted: perplexity 10 -> 10.5")
     assert told["round-02 gate"].startswith("done in")
     assert told["rounds"].startswith("end: no stride is left")
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_on_a_narrow_terminal_the_table_folds(loop: Any, monkeypatch: Any, capsys: Any, width: int) -> None:
+    made = loop(tolerance=0.06)
+    made.run()
+    monkeypatch.setenv("COLUMNS", str(width))
+    print_rounds(made.folder / "rounds.json")
+    output = capsys.readouterr().out
+    assert max(map(len, output.splitlines())) <= width
+    cells = zip(*(line.split("│")[1:-1] for line in output.splitlines() if line.startswith("│")), strict=True)
+    shown = ["".join("".join(column).split()) for column in cells]
+    rows = round_rows(json.loads((made.folder / "rounds.json").read_text()))
+    assert shown == ["".join("".join(column).split()) for column in zip(*rows, strict=True)]
 
 
 def test_folders_that_another_tolerance_left_are_not_told(loop: Any) -> None:

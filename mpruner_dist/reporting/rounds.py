@@ -50,7 +50,9 @@ def _measured(entry: Record) -> tuple[str, ...]:
 def print_rounds(path: Path) -> None:
     """Print `rounds.json`."""
     record = json.loads(path.read_text())
-    table = Table(*HEADINGS)
+    table = Table()
+    for heading in HEADINGS:
+        table.add_column(heading, overflow="fold")  # on a narrow terminal nothing is cut off
     for row in round_rows(record):
         table.add_row(*row)
     Console().print(table)
