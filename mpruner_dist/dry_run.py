@@ -27,6 +27,7 @@ from mpruner_dist.planning.greedy import greedy_passes
 from mpruner_dist.retraining.matching import require_fitting_teacher
 from mpruner_dist.retraining.metrics import require_loggers
 from mpruner_dist.retraining.settings import hidden_size, training_settings
+from mpruner_dist.retraining.targets import require_targets
 from mpruner_dist.rounds import Base, round_config
 
 Rows = list[tuple[str, str]]
@@ -48,6 +49,7 @@ def describe(config: Config) -> Rows:
     depth = num_layers(model_config)
     prefix = block_prefix(checkpoint.tensors, model_config, config.model.trust_remote_code)
     sizes = layer_parameters(checkpoint, prefix, depth)
+    require_targets(config.retrain, model_config, config.model.trust_remote_code)
     tokenizer = load_tokenizer(source, config.model.trust_remote_code)
     with TemporaryDirectory() as folder:
         progress = Path(folder) / "progress.json"

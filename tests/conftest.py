@@ -15,7 +15,9 @@ import pytest
 import torch
 import transformers
 import yaml
+from round_loop import Loop, make_config
 
+from mpruner_dist import cli
 from mpruner_dist.cluster.engine import start_deepspeed
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -151,6 +153,26 @@ def write_config(path: Path, settings: dict[str, Any]) -> Path:
     return path
 
 
+Cli = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Run a command in this process: exit code, and everything it printed."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["mpruner", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        try:
+            cli.main()
+        except SystemExit as done:
+            code = done.code or 0
+        captured = capsys.readouterr()
+        return int(code), captured.out + captured.err
+
+    return run
+
+
 Mpruner = Callable[..., "subprocess.Popen[str]"]
 
 
@@ -184,3 +206,8 @@ def mpruner(start: Mpruner) -> Callable[..., tuple[int, str]]:
         return process.returncode, output
 
     return run
+
+
+@pytest.fixture
+def loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Loop]:
+    return lambda **options: Loop(tmp_path / "run", monkeypatch, make_config(**options))

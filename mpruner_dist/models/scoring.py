@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.data.blocks import Blocks, batch_rows, num_batches, share_of_batches
-from mpruner_dist.errors import StageFailure
+from mpruner_dist.errors import Fruitless
 
 IGNORED = -100
 """In the place of a token that nothing must predict."""
@@ -73,7 +73,7 @@ def score_text(
     """Score blocks on all workers; the same on every worker. `tell` hears how many batches are done.
 
     Raises:
-        StageFailure: the likelihood is not finite.
+        Fruitless: the likelihood is not finite.
     """
     batches = num_batches(len(blocks), batch_size)
     mine, turns = share_of_batches(list(range(batches)), worker.rank, worker.world_size)
@@ -94,7 +94,7 @@ def score_text(
     seconds = time.monotonic() - begun
     nll_sum, token_sum, hits = worker.sum_over_workers(sums).tolist()
     if not nll_sum < float("inf"):
-        raise StageFailure("the model's loss on the text is not finite: try model.dtype float32 or bfloat16")
+        raise Fruitless("the model's loss on the text is not finite: try model.dtype float32 or bfloat16")
     return TextScore(nll_sum / token_sum, hits / token_sum, int(token_sum), seconds)
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from mpruner_dist.errors import UserError
+from mpruner_dist.errors import Fruitless, UserError
 from mpruner_dist.runs.commit import disk_errors, write_bytes, write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class RunFolder:
 
         Raises:
             UserError: the outputs are there, or were begun, from other inputs, and may not be replaced.
+            Fruitless: so it ended before from the same inputs, and `give_up` recorded it.
         """
         inputs = json.loads(json.dumps(inputs))  # as the manifest will give them back
         changes = self.changes(name, inputs)
@@ -75,6 +76,8 @@ class RunFolder:
         if not changes and self.is_done(name) and all((self.path / output).exists() for output in outputs):
             log.info("%-9s done before (%.1f s)", name, known["seconds"])
             return
+        if not changes and known.get("state") == "given up":
+            raise Fruitless(known["why"])
         begun = time.monotonic()
         write_text(self / "config.yaml", self.resolved_config)
         self._record(name, {"state": "running", "inputs": inputs, "since": time.time()})
@@ -100,6 +103,10 @@ class RunFolder:
         for output in other.stages[name]["outputs"]:
             write_bytes(self / output, (other / output).read_bytes())
         self._record(name, other.stages[name])
+
+    def give_up(self, name: str, why: str) -> None:
+        """Record that a begun stage is not to be tried again from the same inputs."""
+        self._record(name, {"state": "given up", "inputs": self.stages[name]["inputs"], "why": why})
 
     def forget(self, names: Sequence[str]) -> None:
         """Mark stages as not done. Their artefacts stay until new ones replace them."""
