@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from conftest import ROOT, make_text, settings_for, write_config
 from slurm_cluster import SlurmCluster, wait_until, why_not
 
 pytestmark = [pytest.mark.slurm, pytest.mark.ray, pytest.mark.skipif(bool(why_not()), reason=f"Slurm: {why_not()}")]
-BATCHES, STEPS = 400, 60
+BATCHES, STEPS = 200, 40
+WORKER = "^ray::RayTrainWorker"
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +131,77 @@ def test_a_run_on_two_hosts_is_that_of_one_machine(slurm: SlurmCluster, config: 
     assert_nothing_is_left(slurm, job)
     written = [file for file in [*run.rglob("*"), config.parent / f"mpruner-{job}.log"] if file.is_file()]
     assert not any(token.encode() in file.read_bytes() for file in written)
+
+
+def test_what_is_lost_on_the_way_comes_back(slurm: SlurmCluster, config: Path, undisturbed: Path) -> None:
+    """Workers killed in collection and in retraining, the Ray of a node, and ten seconds without its network."""
+    run = config.parent / "lost on the way"
+    job = submit(slurm, config, run, "--nodes=2")
+    wait_until(lambda: collected(run), 120, "the first sums")
+    kill(slurm, "n2", WORKER)
+    wait_until(lambda: "starting the workers again (1 of" in log_of(config, job), 60, "a new start")
+    wait_until(lambda: processes(slurm, "n2", WORKER), 60, "workers")
+    kill(slurm, "n2", "raylet/raylet")
+    wait_until(lambda: "start 2 of" in (run / "logs/ray-n2.log").read_text(), 60, "Ray to start again on the node")
+    before = collected(run)
+    wait_until(lambda: collected(run) > before, 120, "more sums")
+    slurm.link("n2", "down")
+    time.sleep(10)
+    slurm.link("n2", "up")
+    wait_until(lambda: steps_done(run) >= 10, 240, "retraining")
+    kill(slurm, "n1", WORKER)
+    slurm.wait_for(job)
+    assert_same(run, undisturbed)
+    assert_nothing_is_left(slurm, job)
+
+
+def test_a_job_that_is_preempted_or_loses_its_head_goes_on(
+    slurm: SlurmCluster, config: Path, undisturbed: Path
+) -> None:
+    run = config.parent / "requeued"
+    job = submit(slurm, config, run, "--nodes=2")
+    wait_until(lambda: collected(run), 120, "the first sums")
+    slurm.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    wait_until(lambda: "goes back into the queue" in log_of(config, job), 120, "the job to save")
+    assert "mpruner got SIGUSR2" in log_of(config, job)
+    assert json.loads((run / "manifest.json").read_text())["stages"]["collect"]["state"] == "running"
+    wait_until(lambda: steps_done(run) >= 10, 300, "retraining")
+    kill(slurm, "n1", "gcs_server")
+    wait_until(lambda: "Ray ended under the command" in log_of(config, job), 120, "the loss of the head to be noticed")
+    facts = slurm.wait_for(job)
+    assert facts["Restarts"] == "2"
+    assert_same(run, undisturbed)
+    assert_nothing_is_left(slurm, job)
+
+
+def test_a_node_without_network_is_done_without(slurm: SlurmCluster, config: Path, undisturbed: Path) -> None:
+    """Slurm takes the node out and puts the job back; it goes on with one worker on the node that is left."""
+    run = config.parent / "fewer nodes"
+    job = submit(slurm, config, run, "--nodes=1-2", settings=("cluster.min_workers=1", "cluster.wait_s=10"))
+    wait_until(lambda: steps_done(run) >= 10, 300, "retraining")
+    slurm.link("n2", "down")
+    try:
+        wait_until(lambda: slurm.facts(job)["NodeList"] == "n1", 180, "the job to begin again on one node")
+        slurm.wait_for(job)
+    finally:
+        slurm.link("n2", "up")
+    one, other = numbers(run), numbers(undisturbed)
+    assert one["cka"] == other["cka"]
+    np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-4)
+    assert_nothing_is_left(slurm, job)
+
+
+def test_a_time_limit_puts_a_job_back_and_scancel_ends_it(slurm: SlurmCluster, config: Path, undisturbed: Path) -> None:
+    run = config.parent / "cancelled"
+    job = submit(slurm, config, run, "--nodes=2", "--time=2", "--signal=B:USR2@90")
+    wait_until(lambda: "goes back into the queue" in log_of(config, job), 180, "the time limit")
+    wait_until(lambda: "start 2, on" in log_of(config, job), 60, "the job to begin again")
+    wait_until(lambda: processes(slurm, "n2", WORKER), 120, "workers")
+    slurm.run("scancel", job)
+    slurm.wait_for(job, ("CANCELLED",), 60)
+    assert_nothing_is_left(slurm, job)
+    assert "start 3" not in log_of(config, job)
+    again = submit(slurm, config, run, "--nodes=2")
+    slurm.wait_for(again)
+    assert_same(run, undisturbed)
+    assert_nothing_is_left(slurm, again)
