@@ -11,6 +11,8 @@ from mpruner_dist.config import Config
 from mpruner_dist.config_file import load_config
 from mpruner_dist.errors import MPrunerError, UserError
 from mpruner_dist.logs import set_up_logging
+from mpruner_dist.options import ConfigFile, RunDir, Set
+from mpruner_dist.submission.commands import app as submit
 
 app = typer.Typer(
     help="Prune whole layers of large models: global CKA on Ray and DeepSpeed, sharded rewriting, retraining.",
@@ -18,16 +20,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(submit, name="submit")
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of the run.")]
-RunDir = Annotated[
-    Path | None,
-    typer.Option("--run-dir", help="Folder for everything that is made. Default: runs/NAME of the config."),
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="a.b=c", help="Override one value; may be given many times."),
-]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would happen, do nothing.")]
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", help="A plan.json, a DeepSpeed layer_reduction JSON, or a mergekit YAML.")

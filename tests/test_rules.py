@@ -15,7 +15,7 @@ PACKAGE = ROOT / "mpruner_dist"
 LEVELS = [
     {"errors", "logs"},
     {"config", "plan"},
-    {"config_file", "exchange"},
+    {"config_file", "exchange", "options"},
     {"runs"},
     {"cluster", "checkpoints", "data"},
     {"models"},
@@ -24,13 +24,14 @@ LEVELS = [
     {"steps"},
     {"rounds"},
     {"dry_run", "pipeline"},
+    {"submission"},
     {"cli"},
     {"__main__", "__init__"},
 ]
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 
 OWNERS = {
-    "ray": {"cluster"},
+    "ray": {"cluster", "submission"},
     "deepspeed": {"cluster"},
     "torch.distributed": {"cluster"},
     "safetensors": {"checkpoints", "data", "similarity", "retraining"},
@@ -40,7 +41,7 @@ OWNERS = {
     "pydantic": {"config", "config_file", "plan"},
     "yaml": {"config", "config_file", "exchange"},
     "lm_eval": {"evaluation"},
-    "typer": {"cli"},
+    "typer": {"cli", "options", "submission"},
     "matplotlib": {"reporting"},
     "jinja2": {"reporting"},
     "peft": {"retraining"},
@@ -55,7 +56,7 @@ NO_TORCH = {
     "planning.greedy", "planning.losses", "planning.planner", "planning.proposals", "planning.ranking",
     "planning.search", "similarity.finalise", "similarity.sums", "similarity.stage",
     "rewriting.finished", "rewriting.layout", "retraining.freezing", "retraining.settings",
-    "reporting", "road", "steps", "rounds", "pipeline", "cli",
+    "reporting", "road", "steps", "rounds", "pipeline", "options", "submission", "cli",
 }  # fmt: skip
 
 
@@ -149,6 +150,7 @@ def test_commands_are_the_documented_ones() -> None:
 
     names = {command.callback.__name__ for command in app.registered_commands if command.callback}
     assert names == {"run", "collect", "plan", "retrain", "evaluate", "report", "rewrite", "verify", "status"}
+    assert [group.name for group in app.registered_groups] == ["submit"]
 
 
 def test_nothing_names_a_registry_or_a_home() -> None:
