@@ -55,8 +55,20 @@ def retrain(road: Road) -> Step:
         from mpruner_dist.retraining.matching import require_fitting_teacher
         from mpruner_dist.retraining.resume import prepare_resume
 
-        workers = road.config.cluster.workers
-        settings = training_settings(given, section, dtype, workers, hidden_size(road.checkpoint.config))
+        def settings(workers: int) -> Settings:
+            return training_settings(given, section, dtype, workers, hidden_size(road.checkpoint.config))
+
+        def usable(workers: int) -> bool:
+            """Whether fewer workers than asked for can share a step."""
+            if section.batch_size % (workers * section.micro_batch_size):
+                return False
+            try:
+                settings(workers)
+            except UserError:  # the DeepSpeed configuration fixes another number of micro-batches
+                return False
+            return True
+
+        settings(road.config.cluster.workers)  # what is wrong in it is said before anything is prepared
         require_loggers(section.log_to)
         layers = beside_gaps(plan.kept, plan.num_layers) if section.trainable == "neighbours" else None
         words = None
@@ -70,9 +82,10 @@ def retrain(road: Road) -> Step:
                     "order": [section.steps, section.batch_size, section.seed],
                 })  # fmt: skip
         work = road.work("retrain", inputs)
-        prepare_resume(work, settings, workers)
         road.on_workers(
-            "retrain", retrain_job, given=given, pruned=road.folder / "pruned", layers=layers, teacher=teacher,
+            "retrain", retrain_job, given=given, usable=usable,
+            prepare=lambda workers: prepare_resume(work, settings(workers), workers),
+            pruned=road.folder / "pruned", layers=layers, teacher=teacher,
             teacher_layers=[road.layer_of_original(layer) for layer in plan.kept], words=words,
             train=road.blocks("train"), validation=road.blocks("validation"), work=work,
             target=road.folder / "retrained",
