@@ -1,6 +1,5 @@
 """Ray: a machine's own or an existing cluster; worker actors for jobs, tasks for files."""
 
-import json
 import logging
 import os
 import shlex
@@ -8,19 +7,20 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import ray
-from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from mpruner_dist.cluster import preemption
+from mpruner_dist.cluster.failures import explain
 from mpruner_dist.cluster.placement import Place, Usable, choose_device, find_place, living_nodes
 from mpruner_dist.cluster.worker import Job, Worker, said, stop_request, worker_note
 from mpruner_dist.config import ClusterConfig
-from mpruner_dist.errors import MPrunerError, Preempted, StageFailure
+from mpruner_dist.errors import MPrunerError, StageFailure
 from mpruner_dist.logs import ProgressWriter, show_progress
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class RaySession:
                 _repeat(said(logs, stage))
                 return
             except TrainingFailedError as error:
-                lost = self._explain(error, stage, logs)
+                lost = explain(error, stage, logs, place.workers, joined=self._address() is not None)
                 # A worker that dies while the group starts leaves its resources reserved; leaving Ray frees them.
                 ray.shutdown()
                 if attempt == self.config.max_restarts:
@@ -159,30 +159,6 @@ class RaySession:
         self._device = self._device or choose_device(self.config, living_nodes())
         return find_place(self.config, self._device, joined=self._address() is not None, usable=usable)
 
-    def _explain(self, error: TrainingFailedError, stage: str, logs: Path) -> str:
-        """Say which worker was killed; raise what a worker raised itself, for that would only happen again."""
-        _raise_if_preempted(stage, _read_notes(logs, stage, range(self.config.workers)))
-        if not isinstance(error, WorkerGroupError):
-            # Ray Train lost a worker before it had heard from all of them, and does not say which.
-            begun = _read_notes(logs, stage, range(self.config.workers))
-            were = "".join(f", rank {rank}{_at(note)}" for rank, note in begun.items() if note)
-            cause = error.controller_failure if isinstance(error, ControllerError) else error
-            what = "a worker was killed while the workers started" if were else "the workers did not start"
-            return f"{stage}: {what}{were} ({_first_line(cause)})"
-        failures: dict[int, Exception] = error.worker_failures
-        notes = _read_notes(logs, stage, sorted(failures))
-        for rank, note in notes.items():
-            if "raised" not in note:
-                host = note.get("host", "a host that it had not told yet")
-                return f"{stage}: rank {rank} on {host} was killed{_at(note)} ({_first_line(failures[rank])})"
-        rank = min(notes, key=lambda rank: float(notes[rank]["when"]))  # the others only lost their partner
-        where, cause = f"{stage}: rank {rank} on {notes[rank]['host']} failed{_at(notes[rank])}", failures[rank]
-        if isinstance(cause, MPrunerError):
-            raise type(cause)(f"{where}: {cause}") from error
-        raise StageFailure(
-            f"{where}: {notes[rank]['raised']}: {_first_line(cause)}; its log: {logs / f'{stage}-rank{rank}.log'}"
-        ) from error
-
 
 def _require_listener(address: str) -> None:
     """Fail within seconds where nothing listens; Ray itself would try for minutes."""
@@ -204,31 +180,6 @@ def _repeat(messages: Path) -> None:
         messages.unlink()
 
 
-def _read_notes(logs: Path, stage: str, ranks: Iterable[int]) -> dict[int, dict[str, Any]]:
-    """What workers left word of; nothing of those that did not begin."""
-    paths = {rank: worker_note(logs, stage, rank) for rank in ranks}
-    return {rank: json.loads(path.read_text()) if path.exists() else {} for rank, path in paths.items()}
-
-
-def _raise_if_preempted(stage: str, notes: dict[int, dict[str, Any]]) -> None:
-    """Workers that were told to stop are not started again, not even if one was killed before it could save."""
-    who = [f"rank {rank} on {note['host']} got {note['got']}" for rank, note in notes.items() if "got" in note]
-    if preemption.told():
-        who.insert(0, f"mpruner got {preemption.told()}")
-    saved = [note["stopped"] for note in notes.values() if "stopped" in note]
-    if saved or who:
-        what = saved[0] if saved else "a worker was killed before all was saved"
-        raise Preempted(f"{stage}: {' and '.join(who)}; {what}; the same command goes on")
-
-
-def _at(note: dict[str, Any]) -> str:
-    return f" at {note['doing']}" if "doing" in note else ""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _run_job(settings: dict[str, Any]) -> None:
     """The function that Ray Train runs on every worker."""
     if settings["device"] == "cpu":
@@ -247,5 +198,6 @@ def _run_job(settings: dict[str, Any]) -> None:
         device_kind=settings["device"],
         logs=Path(settings["logs"]),
         stage=settings["stage"],
+        node=ray.get_runtime_context().get_node_id(),
     )
     worker.run(settings["job"], settings["spec"])
