@@ -50,7 +50,8 @@ def full() -> dict[str, Any]:
         },
         "evaluate": {"batch_size": 1, "max_blocks": 9},
         "cluster": {
-            "workers": 3, "min_workers": 2, "wait_s": 0, "device": "cpu", "cpus_per_worker": 2, "zero_stage": 3, "deepspeed": "inference.json",
+            "workers": 3, "min_workers": 2, "wait_s": 0, "device": "cpu", "cpus_per_worker": 2,
+            "zero_stage": 3, "deepspeed": "inference.json",
             "address": "ray://host:10001", "max_restarts": 0,
         },
     }  # fmt: skip
