@@ -77,13 +77,19 @@ def describe(config: Config) -> Rows:
         ("to read", f"{_bytes(checkpoint.num_bytes)} in {len(checkpoint.shards)} file(s)"),
         ("to write", _to_write(round_one, checkpoint, sizes)),
         *((f"{part} text", f"{len(made)} blocks, {int(made.lengths.sum()):,} tokens") for part, made in parts.items()),
-        ("workers", f"{config.cluster.workers}, device {config.cluster.device}, ZeRO stage {stage}"),
+        ("workers", f"{_workers(config)}, device {config.cluster.device}, ZeRO stage {stage}"),
         ("collection", _collection(config, checkpoint, inference, depth)),
         *_planning(round_one, checkpoint, sizes, parts),
         *_retraining(round_one, source, checkpoint, prefix, sizes, parts.get("train")),
         *_rounds(config),
         ("evaluation", _evaluation(config, checkpoint, inference, model_config, parts["test"])),
     ]  # fmt: skip
+
+
+def _workers(config: Config) -> str:
+    """Their number, and the fewest that will do; what follows is reckoned for all of them."""
+    workers, least = config.cluster.workers, config.cluster.min_workers
+    return str(workers) if least in (None, workers) else f"{workers} (at least {least} when no more fit)"
 
 
 def _to_write(config: Config, checkpoint: CheckpointFolder, sizes: list[int]) -> str:

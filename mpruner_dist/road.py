@@ -95,7 +95,16 @@ class Road:
         work.mkdir(parents=True, exist_ok=True)
         return work
 
-    def on_workers(self, stage: str, job: Any, given: Inputs | None = None, **spec: Any) -> None:
-        """Run a job on all workers under a DeepSpeed configuration, `cluster.deepspeed` unless another is given."""
+    def on_workers(
+        self, stage: str, job: Any, given: Inputs | None = None, *,
+        usable: Callable[[int], bool] = lambda _: True, prepare: Callable[[int], None] = lambda _: None, **spec: Any,
+    ) -> None:  # fmt: skip
+        """Run a job on all workers under a DeepSpeed configuration, `cluster.deepspeed` unless another is given.
+
+        `usable` says whether a number of workers can share the work, `prepare` is called with it before they start.
+        """
         given = read_deepspeed_config(self.config.cluster.deepspeed) if given is None else given
-        self.session.run_workers(job, spec | {"config": self.config, "deepspeed": given}, stage, self.folder.path)
+        self.session.run_workers(
+            job, spec | {"config": self.config, "deepspeed": given}, stage, self.folder.path,
+            usable=usable, prepare=prepare,
+        )  # fmt: skip

@@ -230,7 +230,7 @@ def test_tasks_keep_their_order_and_their_errors(session: RaySession, tmp_path: 
 
 def test_more_than_the_cluster_has_is_said_before_anything_starts(session: RaySession, tmp_path: Path) -> None:
     greedy = RaySession(TWO.model_copy(update={"workers": 500}))
-    with pytest.raises(StageFailure, match=r"500 workers of 1 CPU need 500, the Ray cluster has \d+"):
+    with pytest.raises(StageFailure, match=r"^\d+ of 500 workers of 1 CPU fit on this machine; even if"):
         greedy.run_workers(fail, {}, "test", tmp_path)
 
 

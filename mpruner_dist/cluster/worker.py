@@ -25,14 +25,15 @@ class Worker:
     """What a job knows of the place where it runs."""
 
     def __init__(
-        self, rank: int, world_size: int, local_rank: int, local_workers: int, device_kind: str, logs: Path, stage: str
-    ) -> None:
+        self, rank: int, world_size: int, local_rank: int, local_workers: int, device_kind: str, logs: Path, stage: str,
+        node: str = "",
+    ) -> None:  # fmt: skip
         self.rank, self.world_size, self.local_workers = rank, world_size, local_workers
         self.logs, self.stage = logs, stage
         self.host = platform.node()
         self.device = torch.device(device_kind, local_rank) if device_kind == "cuda" else torch.device("cpu")
         self._progress: ProgressWriter | None = None
-        self._facts: dict[str, Any] = {"host": self.host}
+        self._facts: dict[str, Any] = {"host": self.host, "node": node}
         self._signals = SignalWatch()
 
     @property

@@ -65,6 +65,7 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
                 "accuracy": score.accuracy,
                 "tokens": score.tokens,
                 "tokens_per_second": blocks.lengths.sum().item() / score.seconds,
+                "workers": worker.world_size,  # as many as there was room for
                 **of_task,
             })  # fmt: skip
         engine.destroy()
