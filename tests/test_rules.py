@@ -24,6 +24,7 @@ LEVELS = [
     {"steps"},
     {"rounds"},
     {"dry_run", "pipeline"},
+    {"commands"},
     {"cli"},
     {"__main__", "__init__"},
 ]
@@ -40,7 +41,7 @@ OWNERS = {
     "pydantic": {"config", "config_file", "plan"},
     "yaml": {"config", "config_file", "exchange"},
     "lm_eval": {"evaluation"},
-    "typer": {"cli"},
+    "typer": {"cli", "commands"},
     "matplotlib": {"reporting"},
     "jinja2": {"reporting"},
     "peft": {"retraining"},
@@ -55,7 +56,7 @@ NO_TORCH = {
     "planning.greedy", "planning.losses", "planning.planner", "planning.proposals", "planning.ranking",
     "planning.search", "similarity.finalise", "similarity.sums", "similarity.stage",
     "rewriting.finished", "rewriting.layout", "retraining.freezing", "retraining.settings",
-    "reporting", "road", "steps", "rounds", "pipeline", "cli",
+    "reporting", "road", "steps", "rounds", "pipeline", "commands", "cli",
 }  # fmt: skip
 
 
