@@ -17,6 +17,7 @@ from ray.train import ControllerError, RunConfig, ScalingConfig, TrainingFailedE
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from mpruner_dist.cluster import preemption
+from mpruner_dist.cluster.probe import Node, nodes_alive, require_same_view
 from mpruner_dist.cluster.worker import Job, Worker, said, stop_request, worker_note
 from mpruner_dist.config import ClusterConfig
 from mpruner_dist.errors import MPrunerError, Preempted, StageFailure
@@ -29,10 +30,20 @@ Result = TypeVar("Result")
 
 
 class RaySession:
-    """Connects at the first use, disconnects at the end of the `with` block."""
+    """Connects at the first use, disconnects at the end of the `with` block.
 
-    def __init__(self, config: ClusterConfig) -> None:
-        self.config = config
+    Args:
+        config: where and how wide.
+        shared: the folder that all nodes must be able to write to; None if they need not be asked.
+        folders: that they must be able to read.
+        spread: put workers on as many nodes as there are, and not on as few as hold them.
+    """
+
+    def __init__(
+        self, config: ClusterConfig, shared: Path | None = None, folders: list[Path] | None = None, spread: bool = False
+    ) -> None:
+        self.config, self.shared, self.folders, self.spread = config, shared, folders or [], spread
+        self._probed: set[Node] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -42,10 +53,26 @@ class RaySession:
             ray.shutdown()
 
     def connect(self) -> None:
-        """Start Ray on this machine, or join the cluster that the configuration or RAY_ADDRESS names."""
-        if ray.is_initialized():
-            return
-        address = self.config.address or os.environ.get("RAY_ADDRESS")
+        """Start Ray on this machine, or join the cluster that the configuration or RAY_ADDRESS names.
+
+        Raises:
+            StageFailure: Ray does not start; or nodes of the cluster do not see the same folders and packages.
+        """
+        if not ray.is_initialized():
+            self._start()
+        if self.shared is not None:
+            self._probe(self.shared)
+
+    def _probe(self, shared: Path) -> None:
+        """Ask the nodes that have not been asked, also those that joined since."""
+        nodes = nodes_alive()
+        new = [node for node in nodes if node not in self._probed]
+        if len(nodes) > 1 and new:
+            require_same_view(new, shared, self.folders)
+            self._probed.update(new)
+
+    def _start(self) -> None:
+        address = cluster_address(self.config)
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         # Ray hands the interpreter's path to a shell as it is; a space in it would cut it in two.
         runtime_env = {"py_executable": shlex.quote(sys.executable)} if " " in sys.executable else {}
@@ -54,7 +81,7 @@ class RaySession:
         try:
             if address:
                 log.info("joining the Ray cluster at %s", address)
-                _require_listener(address)
+                require_listener(address)
                 ray.init(address=address, runtime_env=runtime_env, **quiet)
             else:
                 log.info("starting Ray on this machine")
@@ -92,7 +119,10 @@ class RaySession:
                 train_loop_config=settings | {"cpus": cpus},
                 torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo"),
                 scaling_config=ScalingConfig(
-                    num_workers=self.config.workers, use_gpu=device == "cuda", resources_per_worker=resources
+                    num_workers=self.config.workers,
+                    use_gpu=device == "cuda",
+                    resources_per_worker=resources,
+                    placement_strategy="SPREAD" if self.spread else "PACK",
                 ),
                 run_config=RunConfig(name=f"{stage}-{time.time_ns()}", storage_path=str(logs / "ray")),
             )
@@ -172,7 +202,12 @@ class RaySession:
         ) from error
 
 
-def _require_listener(address: str) -> None:
+def cluster_address(config: ClusterConfig) -> str | None:
+    """Where the Ray cluster is that shall be joined; None if there is none and Ray is started on this machine."""
+    return config.address or os.environ.get("RAY_ADDRESS")
+
+
+def require_listener(address: str) -> None:
     """Fail within seconds where nothing listens; Ray itself would try for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
