@@ -1,13 +1,13 @@
 """What the stages of one run share: the configuration, the run folder, the checkpoint, Ray."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.checkpoints.source import resolve_source
+from mpruner_dist.cluster.address import cluster_address
 from mpruner_dist.cluster.settings import read_deepspeed_config
 from mpruner_dist.config import Config
 from mpruner_dist.plan import Plan, read_plan
@@ -69,7 +69,7 @@ class Road:
 
     def join_cluster(self) -> None:
         """Join a cluster that the configuration names now: what is wrong with it shall be told before long work."""
-        if self.config.cluster.address or os.environ.get("RAY_ADDRESS"):
+        if cluster_address(self.config.cluster):
             self.session.connect()
 
     def layer_of_original(self, layer: int) -> int:

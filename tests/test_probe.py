@@ -1,6 +1,5 @@
 """Two real Ray nodes: that both see the same storage and packages, and what is said where one does not."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -25,13 +24,13 @@ needs_unshare = pytest.mark.skipif(not can_unshare(), reason="no mount namespace
 
 
 def join(address: str, mounts: str, *arguments: Path) -> "subprocess.Popen[bytes]":
-    """A second node, in a mount namespace of its own: the shell command `mounts` has the paths as $1, $2, ..."""
+    """A second node, with a name and mounts of its own: the shell command `mounts` has the paths as $1, $2, ..."""
     node = (
         f"{sys.executable} -m ray.scripts.scripts start --address={address} --num-cpus=2 --block "
         "--object-store-memory=100000000"
     )
     return subprocess.Popen(
-        ["unshare", "-rm", "bash", "-c", f"{mounts} && exec {node}", "-", *map(str, arguments)],
+        ["unshare", "-rmu", "bash", "-c", f"hostname other-node && {mounts} && exec {node}", "-", *map(str, arguments)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
 
@@ -112,7 +111,7 @@ def test_a_node_with_other_storage_and_packages_is_named_with_all_that_it_saw(tw
         session.connect()
     message = str(error.value)
     assert message.startswith("1 of 2 nodes cannot take part in this run:\n"), message
-    assert f"{os.uname().nodename} (node " in message
+    assert "  other-node (node " in message
     assert f"{tmp_path / 'run'} is another folder there, or stale" in message
     assert (
         f"{tmp_path / 'model'} holds something else there: model.safetensors: 32 bytes there, 64 bytes here" in message
@@ -170,3 +169,20 @@ def test_what_a_node_can_see_in_a_folder(tmp_path: Path) -> None:
     assert contents(tmp_path / "gone") == {"wrong": f"the folder {tmp_path / 'gone'} does not exist there"}
     (tmp_path / "shared" / "a.safetensors").symlink_to(tmp_path / "gone")
     assert "a.safetensors cannot be read there: No such file" in contents(tmp_path / "shared")["wrong"]
+
+
+@pytest.mark.ray
+@pytest.mark.unshare
+@needs_unshare
+def test_doctor_on_two_nodes_puts_a_worker_on_each(
+    two_nodes: Join, tmp_path: Path, mpruner: Callable[..., tuple[int, str]]
+) -> None:
+    address = two_nodes("true").config.address
+    code, output = mpruner("doctor", "--address", address, "--device", "cpu")
+    assert code == 1
+    assert "failed  nodes: the cluster has 2 nodes: give --run-dir a folder on storage that all of them share" in output
+    assert "skipped all-reduce: it needs: nodes" in output
+    code, output = mpruner("doctor", "--address", address, "--device", "cpu", "--run-dir", tmp_path / "run")
+    assert code == 0, output
+    assert "ok      Ray: joined the cluster: 2 node(s), 4 CPUs" in output
+    assert "other-node" in output

@@ -19,7 +19,7 @@ LEVELS = [
     {"runs"},
     {"cluster", "checkpoints", "data"},
     {"models"},
-    {"similarity", "planning", "rewriting", "retraining", "evaluation", "reporting"},
+    {"similarity", "planning", "rewriting", "retraining", "evaluation", "reporting", "machine"},
     {"road"},
     {"steps"},
     {"rounds"},
@@ -56,7 +56,9 @@ NO_TORCH = {
     "planning.greedy", "planning.losses", "planning.planner", "planning.proposals", "planning.ranking",
     "planning.search", "similarity.finalise", "similarity.sums", "similarity.stage",
     "rewriting.finished", "rewriting.layout", "retraining.freezing", "retraining.settings",
-    "reporting", "road", "steps", "rounds", "pipeline", "commands", "cli",
+    "reporting", "road", "steps", "rounds", "pipeline", "commands", "cli", "machine.environment",
+    "machine.hardware", "cluster.control_group", "cluster.look", "cluster.probe", "cluster.facts",
+    "cluster.address",
 }  # fmt: skip
 
 
@@ -149,7 +151,19 @@ def test_commands_are_the_documented_ones() -> None:
     from mpruner_dist.cli import app
 
     names = {command.callback.__name__ for command in app.registered_commands if command.callback}
-    assert names == {"run", "collect", "plan", "retrain", "evaluate", "report", "rewrite", "verify", "status"}
+    assert names == {
+        "run",
+        "collect",
+        "plan",
+        "retrain",
+        "evaluate",
+        "report",
+        "rewrite",
+        "verify",
+        "status",
+        "env",
+        "doctor",
+    }
 
 
 def test_nothing_names_a_registry_or_a_home() -> None:

@@ -9,6 +9,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 import sysconfig
 import time
@@ -104,7 +105,7 @@ def tools(interpreter_folder: str) -> dict[str, bool]:
     """
     path = os.pathsep.join([interpreter_folder, os.environ.get("PATH", os.defpath)])
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    compiler = os.environ.get("CXX", "c++")
+    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
     return {
         "a C++ compiler (c++)": shutil.which(compiler, path=path) is not None,
         "ninja": shutil.which("ninja", path=path) is not None,

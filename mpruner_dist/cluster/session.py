@@ -5,7 +5,6 @@ import logging
 import os
 import shlex
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -17,6 +16,7 @@ from ray.train import ControllerError, RunConfig, ScalingConfig, TrainingFailedE
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from mpruner_dist.cluster import preemption
+from mpruner_dist.cluster.address import cluster_address, require_listener
 from mpruner_dist.cluster.probe import Node, nodes_alive, require_same_view
 from mpruner_dist.cluster.worker import Job, Worker, said, stop_request, worker_note
 from mpruner_dist.config import ClusterConfig
@@ -37,12 +37,20 @@ class RaySession:
         shared: the folder that all nodes must be able to write to; None if they need not be asked.
         folders: that they must be able to read.
         spread: put workers on as many nodes as there are, and not on as few as hold them.
+        patience_s: how long a collective of torch may take.
     """
 
     def __init__(
-        self, config: ClusterConfig, shared: Path | None = None, folders: list[Path] | None = None, spread: bool = False
+        self,
+        config: ClusterConfig,
+        shared: Path | None = None,
+        folders: list[Path] | None = None,
+        *,
+        spread: bool = False,
+        patience_s: int = 1800,
     ) -> None:
-        self.config, self.shared, self.folders, self.spread = config, shared, folders or [], spread
+        self.config, self.shared, self.folders = config, shared, folders or []
+        self.placement, self.patience_s = "SPREAD" if spread else "PACK", patience_s
         self._probed: set[Node] = set()
 
     def __enter__(self) -> Self:
@@ -104,7 +112,7 @@ class RaySession:
             self._run_workers(job, spec, stage, run_path)
 
     def _run_workers(self, job: Job, spec: dict[str, Any], stage: str, run_path: Path) -> None:
-        device = self._device()
+        device = self.device()
         logs = run_path / "logs"
         settings = {"job": job, "spec": spec, "device": device, "logs": str(logs), "stage": stage}
         cpus = self.config.cpus_per_worker or max(1, cpus_here() // self.config.workers)
@@ -117,12 +125,12 @@ class RaySession:
             trainer = TorchTrainer(
                 _run_job,
                 train_loop_config=settings | {"cpus": cpus},
-                torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo"),
+                torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo", timeout_s=self.patience_s),
                 scaling_config=ScalingConfig(
                     num_workers=self.config.workers,
                     use_gpu=device == "cuda",
                     resources_per_worker=resources,
-                    placement_strategy="SPREAD" if self.spread else "PACK",
+                    placement_strategy=self.placement,
                 ),
                 run_config=RunConfig(name=f"{stage}-{time.time_ns()}", storage_path=str(logs / "ray")),
             )
@@ -163,7 +171,12 @@ class RaySession:
                 raise type(cause)(str(cause)) from error
             raise
 
-    def _device(self) -> str:
+    def resources(self) -> dict[str, float]:
+        """What the cluster has, busy or free."""
+        return dict(ray.cluster_resources())
+
+    def device(self) -> str:
+        """Where workers compute: cpu or cuda."""
         if self.config.device != "auto":
             return self.config.device
         return "cuda" if ray.cluster_resources().get("GPU", 0) >= self.config.workers else "cpu"
@@ -200,18 +213,6 @@ class RaySession:
         raise StageFailure(
             f"{where}: {notes[rank]['raised']}: {_first_line(cause)}; its log: {logs / f'{stage}-rank{rank}.log'}"
         ) from error
-
-
-def cluster_address(config: ClusterConfig) -> str | None:
-    """Where the Ray cluster is that shall be joined; None if there is none and Ray is started on this machine."""
-    return config.address or os.environ.get("RAY_ADDRESS")
-
-
-def require_listener(address: str) -> None:
-    """Fail within seconds where nothing listens; Ray itself would try for minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def cpus_here() -> int:
