@@ -95,9 +95,14 @@ def test_doctor_without_a_compiler(mpruner: Mpruner) -> None:
 
 
 @pytest.mark.ray
-def test_doctor_where_no_cluster_is(mpruner: Mpruner) -> None:
-    code, output = mpruner("doctor", "--address", "127.0.0.1:1")
+def test_doctor_where_no_cluster_is(mpruner: Mpruner, tmp_path: Path) -> None:
+    code, output = mpruner("doctor", "--address", "127.0.0.1:1", "--run-dir", tmp_path)
     assert code == 1
     assert "failed  Ray: Ray does not start on the cluster at 127.0.0.1:1: " in output
     assert output.count("skipped") == 4
     assert "Traceback" not in output
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    code, output = mpruner("doctor", "--run-dir", tmp_path / "file")
+    assert code == 2
+    assert f"cannot write to {tmp_path / 'file'}: Not a directory" in output

@@ -16,7 +16,7 @@ from mpruner_dist.cluster.address import cluster_address
 from mpruner_dist.cluster.probe import DEADLINE_S, nodes_alive, on_each, require_same_view
 from mpruner_dist.cluster.session import RaySession
 from mpruner_dist.config import ClusterConfig
-from mpruner_dist.errors import MPrunerError, StageFailure
+from mpruner_dist.errors import MPrunerError, StageFailure, UserError
 from mpruner_dist.machine.jobs import MEGABYTES, all_reduce_job, train_job
 
 PATIENCE_S = 60
@@ -43,12 +43,17 @@ def diagnose(config: ClusterConfig, run_dir: Path | None) -> Iterator[Check]:
     Args:
         config: where and how wide.
         run_dir: a folder on the storage that all nodes share; None takes a temporary one, which does for one node.
+
+    Raises:
+        UserError: the folder cannot be made or written to.
     """
-    if run_dir is not None:
-        run_dir.mkdir(parents=True, exist_ok=True)
     parent = run_dir.absolute() if run_dir else Path(tempfile.gettempdir())
     work = parent / f".doctor-{secrets.token_hex(4)}"
-    (work / "logs").mkdir(parents=True)
+    logs = work / "logs"
+    try:
+        logs.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {parent}: {error.strerror}; give another --run-dir") from error
     logging.getLogger("mpruner_dist").setLevel(logging.WARNING)  # a line a check is enough
     failed: set[str] = set()
     with RaySession(config, spread=True, patience_s=PATIENCE_S) as session:
@@ -71,7 +76,7 @@ def diagnose(config: ClusterConfig, run_dir: Path | None) -> Iterator[Check]:
             except MPrunerError as error:
                 failed.add(name)
                 yield Check(name, "failed", str(error))
-    if not failed:  # else a message may name a log in it
+    if not failed or not any(logs.iterdir()):  # else a message may name a log in it
         shutil.rmtree(work, ignore_errors=True)
 
 
