@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mpruner_dist.commands import checkpoint
+from mpruner_dist.commands import checkpoint, machine
 from mpruner_dist.config import Config
 from mpruner_dist.config_file import load_config
 from mpruner_dist.errors import MPrunerError, UserError
@@ -130,6 +130,10 @@ def status(run_dir: Annotated[Path, typer.Argument(help="A run folder.")]) -> No
     settings = load_config(config_file, [])
     rows = status_rows(run_dir, stages_of(settings)) if settings.rounds is None else status_of_rounds(run_dir)
     _print_rows(str(run_dir), rows)
+
+
+app.command()(machine.env)
+app.command()(machine.doctor)
 
 
 def _walk(

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,6 +30,12 @@ SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
     "num_hidden_layers": 8, "vocab_size": 128, "max_position_embeddings": 128,
 }  # fmt: skip
+
+
+def can_unshare() -> bool:
+    """Whether a test may have mounts of its own."""
+    found = shutil.which("unshare") is not None
+    return found and subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
 
 
 def make_model(kind: str, folder: Path, *, seed: int = 0, spread: float = 0.3, **changes: Any) -> torch.nn.Module:

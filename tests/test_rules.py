@@ -19,7 +19,7 @@ LEVELS = [
     {"runs"},
     {"cluster", "checkpoints", "data"},
     {"models"},
-    {"similarity", "planning", "rewriting", "retraining", "evaluation", "reporting"},
+    {"similarity", "planning", "rewriting", "retraining", "evaluation", "reporting", "machine"},
     {"road"},
     {"steps"},
     {"rounds"},
@@ -57,6 +57,8 @@ NO_TORCH = {
     "planning.search", "similarity.finalise", "similarity.sums", "similarity.stage",
     "rewriting.finished", "rewriting.layout", "retraining.freezing", "retraining.settings",
     "reporting", "road", "steps", "rounds", "pipeline", "commands", "options", "submission", "cli",
+    "machine.environment", "machine.hardware", "cluster.control_group", "cluster.look", "cluster.probe",
+    "cluster.facts", "cluster.address",
 }  # fmt: skip
 
 
@@ -149,7 +151,19 @@ def test_commands_are_the_documented_ones() -> None:
     from mpruner_dist.cli import app
 
     names = {command.callback.__name__ for command in app.registered_commands if command.callback}
-    assert names == {"run", "collect", "plan", "retrain", "evaluate", "report", "rewrite", "verify", "status"}
+    assert names == {
+        "run",
+        "collect",
+        "plan",
+        "retrain",
+        "evaluate",
+        "report",
+        "rewrite",
+        "verify",
+        "status",
+        "env",
+        "doctor",
+    }
     assert [group.name for group in app.registered_groups] == ["submit"]
 
 

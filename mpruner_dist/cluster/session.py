@@ -4,7 +4,6 @@ import logging
 import os
 import shlex
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -16,8 +15,10 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from mpruner_dist.cluster import preemption
+from mpruner_dist.cluster.address import cluster_address, require_listener
 from mpruner_dist.cluster.failures import explain
 from mpruner_dist.cluster.placement import Place, Usable, choose_device, find_place, living_nodes
+from mpruner_dist.cluster.probe import Node, nodes_alive, require_same_view
 from mpruner_dist.cluster.worker import Job, Worker, said, stop_request, worker_note
 from mpruner_dist.config import ClusterConfig
 from mpruner_dist.errors import MPrunerError, StageFailure
@@ -30,10 +31,28 @@ Result = TypeVar("Result")
 
 
 class RaySession:
-    """Connects at the first use, disconnects at the end of the `with` block."""
+    """Connects at the first use, disconnects at the end of the `with` block.
 
-    def __init__(self, config: ClusterConfig) -> None:
-        self.config = config
+    Args:
+        config: where and how wide.
+        shared: the folder that all nodes must be able to write to; None if they need not be asked.
+        folders: that they must be able to read.
+        spread: put workers on as many nodes as there are, and not on as few as hold them.
+        patience_s: how long a collective of torch may take.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        shared: Path | None = None,
+        folders: list[Path] | None = None,
+        *,
+        spread: bool = False,
+        patience_s: int = 1800,
+    ) -> None:
+        self.config, self.shared, self.folders = config, shared, folders or []
+        self.placement, self.patience_s = "SPREAD" if spread else "PACK", patience_s
+        self._probed: set[Node] = set()
         self._device: str | None = None
 
     def __enter__(self) -> Self:
@@ -44,10 +63,26 @@ class RaySession:
             ray.shutdown()
 
     def connect(self) -> None:
-        """Start Ray on this machine, or join the cluster that the configuration or RAY_ADDRESS names."""
-        if ray.is_initialized():
-            return
-        address = self._address()
+        """Start Ray on this machine, or join the cluster that the configuration or RAY_ADDRESS names.
+
+        Raises:
+            StageFailure: Ray does not start; or nodes of the cluster do not see the same folders and packages.
+        """
+        if not ray.is_initialized():
+            self._start()
+        if self.shared is not None:
+            self._probe(self.shared)
+
+    def _probe(self, shared: Path) -> None:
+        """Ask the nodes that have not been asked, also those that joined since."""
+        nodes = nodes_alive()
+        new = [node for node in nodes if node not in self._probed]
+        if len(nodes) > 1 and new:
+            require_same_view(new, shared, self.folders)
+            self._probed.update(new)
+
+    def _start(self) -> None:
+        address = cluster_address(self.config)
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         # Ray hands the interpreter's path to a shell as it is; a space in it would cut it in two.
         runtime_env = {"py_executable": shlex.quote(sys.executable)} if " " in sys.executable else {}
@@ -56,7 +91,7 @@ class RaySession:
         try:
             if address:
                 log.info("joining the Ray cluster at %s", address)
-                _require_listener(address)
+                require_listener(address)
                 ray.init(address=address, runtime_env=runtime_env, **quiet)
             else:
                 log.info("starting Ray on this machine")
@@ -66,9 +101,6 @@ class RaySession:
             where = f"the cluster at {address}" if address else "this machine"
             raise StageFailure(f"Ray does not start on {where}: {error}") from error
         preemption.install()  # Ray has set a handler of its own for SIGTERM
-
-    def _address(self) -> str | None:
-        return self.config.address or os.environ.get("RAY_ADDRESS")
 
     def run_workers(
         self, job: Job, spec: dict[str, Any], stage: str, run_path: Path, *,
@@ -106,10 +138,12 @@ class RaySession:
             trainer = TorchTrainer(
                 _run_job,
                 train_loop_config=settings | {"cpus": place.cpus},
-                torch_config=TorchConfig(backend="nccl" if place.device == "cuda" else "gloo"),
+                torch_config=TorchConfig(
+                    backend="nccl" if place.device == "cuda" else "gloo", timeout_s=self.patience_s
+                ),
                 scaling_config=ScalingConfig(
                     num_workers=place.workers, use_gpu=place.device == "cuda", resources_per_worker=place.resources,
-                    placement_strategy="PACK",
+                    placement_strategy=self.placement,
                 ),
                 run_config=RunConfig(
                     name=f"{stage}-{time.time_ns()}", storage_path=str(logs / "ray"),
@@ -124,7 +158,7 @@ class RaySession:
                 _repeat(said(logs, stage))
                 return
             except TrainingFailedError as error:
-                lost = explain(error, stage, logs, place.workers, joined=self._address() is not None)
+                lost = explain(error, stage, logs, place.workers, joined=cluster_address(self.config) is not None)
                 # A worker that dies while the group starts leaves its resources reserved; leaving Ray frees them.
                 ray.shutdown()
                 if attempt == self.config.max_restarts:
@@ -154,17 +188,18 @@ class RaySession:
                 raise type(cause)(str(cause)) from error
             raise
 
-    def _find_place(self, usable: Usable) -> Place:
-        """The kind of device stays for all stages: a lost node must not turn a run on GPUs into one on CPUs."""
+    def resources(self) -> dict[str, float]:
+        """What the cluster has, busy or free."""
+        return dict(ray.cluster_resources())
+
+    def device(self) -> str:
+        """Where workers compute, cpu or cuda: for all stages the same, for a lost node must not take the GPUs away."""
         self._device = self._device or choose_device(self.config, living_nodes())
-        return find_place(self.config, self._device, joined=self._address() is not None, usable=usable)
+        return self._device
 
-
-def _require_listener(address: str) -> None:
-    """Fail within seconds where nothing listens; Ray itself would try for minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=10).close()
+    def _find_place(self, usable: Usable) -> Place:
+        joined = cluster_address(self.config) is not None
+        return find_place(self.config, self.device(), joined=joined, usable=usable)
 
 
 def cpus_here() -> int:

@@ -13,6 +13,8 @@ from mpruner_dist.config.plan import CLUSTERED, JUDGED, PlanConfig
 from mpruner_dist.config.retrain import RetrainConfig
 from mpruner_dist.config.rounds import RoundsConfig
 
+Device = Literal["auto", "cpu", "cuda"]
+
 
 class EvaluateConfig(Section):
     """How quality and speed are measured on the test part."""
@@ -26,7 +28,7 @@ class ClusterConfig(Section):
     """Where and how wide the work runs. Nothing here changes a result."""
 
     workers: Positive = 1
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """auto takes GPUs when the cluster has one for each worker, or for each of min_workers."""
     min_workers: Positive | None = None
     """Go on with fewer workers, but at least so many, when after `wait_s` no more fit, as after a node was lost. Each
