@@ -205,3 +205,47 @@ def test_a_time_limit_puts_a_job_back_and_scancel_ends_it(slurm: SlurmCluster, c
     slurm.wait_for(again)
     assert_same(run, undisturbed)
     assert_nothing_is_left(slurm, again)
+
+
+def submit_by_command(slurm: SlurmCluster, config: Path, run: Path, *options: str) -> list[str]:
+    command = (sys.executable, "-m", "mpruner_dist", "submit", "slurm", str(config), "--run-dir", str(run), *options)
+    return re.findall(r"^job (\d+)", slurm.run(*command, cwd=config.parent), re.MULTILINE)
+
+
+def test_a_sweep_collects_once_and_its_tasks_share_a_node(slurm: SlurmCluster, config: Path) -> None:
+    run = config.parent / "sweep"
+    small = ("retrain=null", "cluster.workers=1", "cluster.cpus_per_worker=1", "collect.num_batches=20")
+    sets = [word for setting in small for word in ("--set", setting)]
+    where = ("--", "--cpus-per-task=1", "--mem=3000", "--nodelist=n1")
+    first, array = submit_by_command(slurm, config, run, *sets, "--sweep", "plan.keep_layers=5,6", *where)
+    tasks = [slurm.wait_for(f"{array}_{number}") for number in range(2)]
+    slurm.wait_for(first)
+    assert max(task["StartTime"] for task in tasks) < min(task["EndTime"] for task in tasks)
+    similarities = (run / "cka.json").read_text()
+    for keep in (5, 6):
+        folder = run.with_name(f"sweep-plan.keep_layers-{keep}")
+        assert len(json.loads((folder / "plan.json").read_text())["kept"]) == keep
+        assert (folder / "cka.json").read_text() == similarities
+        assert (folder / "report.html").exists()
+        assert not (folder / "stats").exists()
+
+
+def test_a_chain_prunes_on_one_node_and_retrains_on_two(slurm: SlurmCluster, config: Path) -> None:
+    run = config.parent / "chain"
+    sets = ("--set", "cluster.cpus_per_worker=1", "--set", "collect.num_batches=20", "--set", "retrain.steps=5")
+    first, second = submit_by_command(
+        slurm, config, run, *sets, "--then", "retrain", "--then-nodes", "2", "--", "--cpus-per-task=2"
+    )
+    assert slurm.wait_for(first)["NumNodes"] == "1"
+    assert (run / "pruned").exists()
+    assert slurm.wait_for(second)["NumNodes"] == "2"
+    assert (run / "retrained/model.safetensors").exists()
+    assert "collect   done before" in log_of(config, second)
+
+
+def test_what_slurm_does_not_know_is_said(slurm: SlurmCluster, config: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)exited with 2.*unrecognized option '--qoss=long'"):
+        submit_by_command(slurm, config, config.parent / "refused", "--", "--qoss=long")
+    with pytest.raises(RuntimeError, match=r"(?s)exited with 2.*invalid partition"):
+        submit_by_command(slurm, config, config.parent / "refused", "--partition", "fast")
+    assert not (config.parent / "refused").exists()
