@@ -18,10 +18,10 @@ from mpruner_dist.checkpoints.export import Exported, export_weights
 from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config, DistillationConfig, RetrainConfig
-from mpruner_dist.data.blocks import Blocks, load_blocks, save_blocks
+from mpruner_dist.data.blocks import Blocks
+from mpruner_dist.data.parts import load_part, save_part
 from mpruner_dist.errors import StageFailure, UserError
 from mpruner_dist.models.loading import load_model
-from mpruner_dist.models.scoring import model_inputs
 from mpruner_dist.retraining import job
 from mpruner_dist.retraining.freezing import beside_gaps
 from mpruner_dist.retraining.hidden import HiddenStates
@@ -29,6 +29,7 @@ from mpruner_dist.retraining.losses import Answer, likely_words, mixed_loss
 from mpruner_dist.retraining.preparation import prepare_model, trainable
 from mpruner_dist.retraining.settings import DataOrder
 from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
+from mpruner_dist.tasks import TASKS
 
 KEPT, DEPTH = [0, 1, 4, 5], 6
 STEPS = 3
@@ -47,7 +48,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part, count in (("train", 70), ("validation", 3)):
         ids = torch.randint(3, 128, (count, 16), generator=draw, dtype=torch.int32).numpy()
         lengths = torch.randint(3, 17, (count,), generator=draw, dtype=torch.int32).numpy()
-        save_blocks(folder / f"{part}.safetensors", Blocks(ids, lengths))
+        save_part(folder / f"{part}.safetensors", Blocks(ids, lengths))
     return folder
 
 
@@ -100,9 +101,12 @@ def exported(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
 def first_loss(folder: Path, distillation: dict[str, Any]) -> float:
     """Of the first step, a token, by transformers alone."""
-    blocks = load_blocks(folder / "train.safetensors")
+    blocks = load_part(folder / "train.safetensors")
     blocks = blocks.rows(DataOrder(len(blocks), 4, 0).rows(0))
-    inputs, config = model_inputs(blocks, torch.device("cpu")), DistillationConfig.model_validate(distillation)
+    batch, config = (
+        TASKS["causal-lm"].batch(blocks, torch.device("cpu")),
+        DistillationConfig.model_validate(distillation),
+    )
     logits, states = [], []
     for name, layers in (("pruned", range(len(KEPT))), ("model", KEPT)):
         model = load_model(folder / name, "float32")
@@ -110,10 +114,10 @@ def first_loss(folder: Path, distillation: dict[str, Any]) -> float:
         for layer in layers:
             model.model.layers[layer].register_forward_hook(lambda *hook, n=layer, to=taken: to.update({n: hook[-1]}))
         with torch.no_grad():
-            logits.append(model(**inputs).logits)
+            logits.append(model(**batch.inputs).logits)
         states.append([taken[layer] for layer in layers])
     answer = Answer(None, likely_words(logits[1], config.top_k or 0, config.temperature), states[1])
-    return float(mixed_loss(logits[0], states[0], answer, inputs, config)) / int((blocks.lengths - 1).sum())
+    return float(mixed_loss(logits[0], states[0], answer, batch, config)) / int((blocks.lengths - 1).sum())
 
 
 def expect_the_same_from_its_checkpoint(folder: Path, name: str, *arguments: Any, **options: Any) -> None:
@@ -214,7 +218,7 @@ def cached_words_teach_the_same(folder: Path) -> None:
     cached = retrain(folder, "cached", {"zero_optimization": ZERO3}, distillation=few | {"cache": True}, **more)
     torch.testing.assert_close(losses_of(cached), losses_of(live), rtol=1e-4, atol=1e-4)
     files = sorted((folder / "runs/cached/words").iterdir())
-    used = DataOrder(len(load_blocks(folder / "train.safetensors")), 4, 0).used(12)
+    used = DataOrder(len(load_part(folder / "train.safetensors")), 4, 0).used(12)
     assert 32 < len(used) < 64
     assert [len(load_file(file)["words"]) for file in files] == [32, len(used) - 32]
     before = [file.stat().st_mtime_ns for file in files]
@@ -291,7 +295,9 @@ def trainer_for(folder: Path, applied: bool = True, **options: Any) -> job.Train
     config = config_for(folder, **options).retrain
     assert config is not None
     engine = SimpleNamespace(was_step_applied=lambda: applied, module=None)
-    return job.Trainer(Worker(0, 1, 0, 1, "cpu", folder, "retrain"), engine, None, config, folder / "work")
+    return job.Trainer(
+        Worker(0, 1, 0, 1, "cpu", folder, "retrain"), engine, TASKS["causal-lm"], None, config, folder / "work"
+    )
 
 
 def test_a_loss_that_is_not_finite_names_step_blocks_and_the_checkpoint_that_is_left(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ LEVELS = [
     {"config_file", "exchange"},
     {"runs"},
     {"cluster", "checkpoints", "data"},
+    {"tasks"},
     {"models"},
     {"similarity", "planning", "rewriting", "retraining", "evaluation", "reporting"},
     {"road"},

@@ -5,6 +5,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from mpruner_dist.config.base import Dtype, Section
+from mpruner_dist.config.task import TaskName
 
 
 class ModelConfig(Section):
@@ -13,6 +14,8 @@ class ModelConfig(Section):
     path: str
     """A Hugging Face folder of safetensors files, or a hub id."""
     revision: str | None = None
+    task: TaskName = "causal-lm"
+    """What it is for, which says how data are read, what is minimised and how quality is measured."""
     dtype: Dtype = "float32"
     """Number type of the weights in collection, evaluation and retraining."""
     trust_remote_code: bool = False

@@ -3,16 +3,10 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import safe_open
-from safetensors.numpy import save
-
-from mpruner_dist.errors import UserError
-from mpruner_dist.runs.commit import write_bytes
 
 Ints = npt.NDArray[np.int32]
 TOKENIZE_AT_ONCE = 256  # records handed to the tokenizer together
@@ -36,6 +30,10 @@ class Blocks:
     def mask(self) -> npt.NDArray[np.int64]:
         """Attention mask [blocks, tokens]: 1 for text, 0 for padding."""
         return (np.arange(self.ids.shape[1]) < self.lengths[:, None]).astype(np.int64)
+
+    def tensors(self) -> dict[str, Ints]:
+        """What is written to disk."""
+        return {"input_ids": self.ids, "lengths": self.lengths}
 
 
 def make_blocks(
@@ -80,24 +78,6 @@ def _packed(lists: Iterable[list[int]], block_size: int) -> Iterator[list[int]]:
         while len(buffer) >= block_size:
             yield buffer[:block_size]
             buffer = buffer[block_size:]
-
-
-def save_blocks(path: Path, blocks: Blocks) -> None:
-    """Write blocks whole or not at all."""
-    write_bytes(path, save({"input_ids": blocks.ids, "lengths": blocks.lengths}))
-
-
-def load_blocks(path: Path) -> Blocks:
-    """Read blocks that `save_blocks` wrote.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
-    try:
-        with safe_open(path, "numpy") as file:
-            return Blocks(file.get_tensor("input_ids"), file.get_tensor("lengths"))
-    except Exception as error:
-        raise UserError(f"cannot read the token blocks {path}: {error}") from error
 
 
 def batch_rows(batch: int, batch_size: int, num_blocks: int) -> range:

@@ -9,8 +9,9 @@ from typing import Any
 import transformers
 
 from mpruner_dist.config import Config, SourceConfig
-from mpruner_dist.data.blocks import Blocks, make_blocks, save_blocks
+from mpruner_dist.data.blocks import Blocks, make_blocks
 from mpruner_dist.data.needed import blocks_needed
+from mpruner_dist.data.parts import save_part
 from mpruner_dist.data.sources import open_source
 from mpruner_dist.errors import UserError
 from mpruner_dist.logs import ProgressWriter
@@ -57,7 +58,7 @@ def prepare_data(config: Config, model_folder: Path, target: Path, progress: Pat
     for part, source in config.data.parts().items():
         blocks, records[part] = make_part(config, part, source, tokenizer, progress)
         path = target / f"{part}.safetensors"
-        save_blocks(path, blocks)
+        save_part(path, blocks)
         tokens = int(blocks.lengths.sum())
         shared = {other: len(records[part] & records[other]) for other in records if other != part}
         for other, count in shared.items():
