@@ -147,6 +147,8 @@ def write_texts(folder: Path, kind: str, texts: list[str] = TEXTS) -> Path:
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     elif kind == "json":
         path.write_text(json.dumps([{"text": text} for text in texts]))
+    elif kind == "csv":
+        table.to_csv(path)
     elif kind == "parquet":
         table.to_parquet(path)
     elif kind == "saved":
@@ -165,7 +167,7 @@ def taken(**source: Any) -> list[str]:
     return list(open_source(SourceConfig(**source))[0])
 
 
-KINDS = ["txt", "jsonl", "json", "parquet", "saved", "saved with splits", "folder"]
+KINDS = ["txt", "jsonl", "json", "csv", "parquet", "saved", "saved with splits", "folder"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -217,8 +219,8 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
     assert "it holds .jsonl, .txt" in refusal(tmp_path / "mixed")
     (tmp_path / "empty").mkdir()
     assert "it holds nothing" in refusal(tmp_path / "empty")
-    (tmp_path / "a.csv").write_text("text\nw1\n")
-    assert "it holds .csv" in refusal(tmp_path / "a.csv")
+    (tmp_path / "a.xml").write_text("<text>w1</text>")
+    assert "it holds .xml" in refusal(tmp_path / "a.xml")
 
 
 @pytest.mark.parametrize(

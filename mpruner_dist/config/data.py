@@ -25,12 +25,14 @@ class SourceConfig(Section):
     """One part of the text."""
 
     path: str
-    """A file or folder of .txt, .jsonl, .json or .parquet files, or a `datasets` id."""
+    """A file or folder of .txt, .jsonl, .json, .csv or .parquet, a saved `datasets` folder, or a `datasets` id."""
     name: str | None = None
     """Configuration of the `datasets` id, such as wikitext-103-raw-v1."""
     split: str = "train"
     """Split of a `datasets` id. Files have one split, called train."""
     text_field: str = "text"
+    label_field: str = "label"
+    """Of text-classification: the class of a text, by the name or the number that it has in the model's config.json."""
     take: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
     """Share of the records, in their order: [0.2, 0.8] takes those from 20 % to 80 %."""
 
@@ -53,9 +55,9 @@ class DataConfig(Section):
     """The four parts of the text. They must not overlap: what is fitted to must not be tested on."""
 
     block_size: Annotated[int, Field(ge=8)] = 512
-    """Tokens in a sequence."""
+    """Tokens in a sequence; of text-classification, at most so many, and longer texts are cut."""
     pack: bool = True
-    """True joins records into full blocks; false gives each record a block of its own, padded."""
+    """Of causal-lm: true joins records into full blocks; false gives each record a block of its own, padded."""
     calibration: SourceConfig
     train: SourceConfig | None = None
     validation: SourceConfig | None = None

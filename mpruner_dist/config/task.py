@@ -1,8 +1,24 @@
-"""The tasks by name, and what their models are judged by; what they do is in `tasks/`."""
+"""The tasks by name, and the plain facts about each; what they do is in `tasks/`."""
 
+from dataclasses import dataclass
 from typing import Literal
 
-TaskName = Literal["causal-lm"]
+TaskName = Literal["causal-lm", "text-classification"]
 
-METRICS: dict[str, tuple[str, ...]] = {"causal-lm": ("perplexity", "accuracy")}
-"""What `evaluation.json` says of each model of a task beside its loss."""
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What needs no torch to be known of a task."""
+
+    auto_class: str
+    """Name of the class of transformers that loads the model with its head."""
+    unit: str
+    """What its work and its predictions are counted in."""
+    metrics: tuple[str, ...]
+    """What `evaluation.json` says of each model beside its loss, the most telling first."""
+
+
+FACTS: dict[str, TaskFacts] = {
+    "causal-lm": TaskFacts("AutoModelForCausalLM", "token", ("perplexity", "accuracy")),
+    "text-classification": TaskFacts("AutoModelForSequenceClassification", "text", ("accuracy", "macro_f1")),
+}

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from mpruner_dist.data.blocks import Blocks
+from mpruner_dist.data.labelled import LabelledTexts
 from mpruner_dist.errors import UserError
 from mpruner_dist.runs.commit import write_bytes
 
@@ -44,6 +45,7 @@ def load_part(path: Path) -> Any:
     try:
         with safe_open(path, "numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return Blocks(tensors["input_ids"], tensors["lengths"])
+        kind = LabelledTexts if "labels" in tensors else Blocks
+        return kind(tensors.pop("input_ids"), **tensors)
     except Exception as error:
         raise UserError(f"cannot read {path}, which the stage data made: {error}") from error

@@ -8,9 +8,10 @@ from typing import Any
 import datasets
 
 from mpruner_dist.config import SourceConfig
+from mpruner_dist.data.labelled import label_number
 from mpruner_dist.errors import UserError
 
-FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 def open_source(source: SourceConfig) -> tuple[Iterator[str], int, str | None]:
@@ -22,24 +23,57 @@ def open_source(source: SourceConfig) -> tuple[Iterator[str], int, str | None]:
     Raises:
         UserError: nothing there, an unknown format, no such field.
     """
+    table, rows, separator = _open(source, "text_field")
+    texts = (table[row][source.text_field] for row in rows)
+    return (text for text in texts if _is_text(text)), len(rows), separator
+
+
+def open_labelled(source: SourceConfig, labels: list[str]) -> tuple[Iterator[tuple[str, int]], int]:
+    """The texts that a source takes, each with the number of its class, and how many they are.
+
+    A label is a name or a number. Where the source names its numbers and the model its classes, the names count.
+
+    Args:
+        source: where they are.
+        labels: the model's classes, by number.
+
+    Raises:
+        UserError: nothing there, an unknown format, no such field; while it is read, a class that the model has not.
+    """
+    table, rows, _ = _open(source, "text_field", "label_field")
+    names = getattr(table.features[source.label_field], "names", None)  # of a ClassLabel
+    if labels[0] == "LABEL_0":  # the model names none
+        names = None
+
+    def records() -> Iterator[tuple[str, int]]:
+        for row in rows:
+            record = table[row]
+            text, label = record[source.text_field], record[source.label_field]
+            if _is_text(text):
+                where = f"{source.label_field} of record {row} of {source.path}"
+                if names and isinstance(label, int) and 0 <= label < len(names):
+                    label = names[label]
+                yield text, label_number(label, labels, where)
+
+    return records(), len(rows)
+
+
+def _open(source: SourceConfig, *keys: str) -> tuple[Any, range, str | None]:
+    """The table, the rows that are taken, and what goes between two texts; it must have the fields that `keys` name."""
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     logging.getLogger("datasets").setLevel(logging.ERROR)
     table, separator = _load(source)
-    if source.text_field not in table.column_names:
-        raise UserError(
-            f"{source.path} has no field {source.text_field!r}: set text_field to one of "
-            + ", ".join(table.column_names)
-        )
-    first, last = (round(len(table) * share) for share in source.take)
-    return _texts(table, source.text_field, first, last), last - first, separator
+    for key in keys:
+        if (field := getattr(source, key)) not in table.column_names:
+            raise UserError(
+                f"{source.path} has no field {field!r}: set {key} to one of " + ", ".join(table.column_names)
+            )
+    return table, range(*(round(len(table) * share) for share in source.take)), separator
 
 
-def _texts(table: Any, field: str, first: int, last: int) -> Iterator[str]:
-    for row in range(first, last):
-        text = table[row][field]
-        if isinstance(text, str) and text.strip():
-            yield text
+def _is_text(text: Any) -> bool:
+    return isinstance(text, str) and bool(text.strip())
 
 
 def _load(source: SourceConfig) -> tuple[Any, str | None]:

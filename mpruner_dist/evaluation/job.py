@@ -63,8 +63,8 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
                 "bytes": checkpoint.num_bytes,
                 "loss": score.loss,
                 **score.quality,
-                f"{task.unit}s": score.predictions,
-                f"{task.unit}s_per_second": task.size(part) / score.seconds,
+                f"{task.facts.unit}s": score.predictions,
+                f"{task.facts.unit}s_per_second": task.size(part) / score.seconds,
                 **of_task,
             })  # fmt: skip
         engine.destroy()

@@ -48,7 +48,7 @@ def load_for(
     Raises:
         UserError: the folder's tensors are not those of the model.
     """
-    kind = task_of(config).auto_class
+    kind = task_of(config).facts.auto_class
     options: dict[str, Any] = {"kind": kind, "head": head, "trust_remote_code": config.trust_remote_code}
     if zero_stage(settings) != 3:
         return load_model(folder, config.dtype, **options)

@@ -12,9 +12,10 @@ WINDOW_HEADINGS = ("layers in the window", "nearest to no change", "angular dist
 Similarity = dict[str, Any]
 
 
-def measurement(similarity: Similarity, collect: CollectConfig, block_size: int) -> list[str]:
+def measurement(similarity: Similarity, collect: CollectConfig, data: dict[str, Any]) -> list[str]:
     """How the similarity was measured, one line a fact."""
     unit, null = similarity["unit"], similarity["null"]
+    tokens = f"{'' if data['packed'] else 'at most '}{data['block_size']} tokens"
     outliers = (
         f"{unit}s whose norm in any layer exceeds {collect.outlier_norm:g} times the median of that layer are left out"
         if collect.outlier_norm is not None
@@ -22,7 +23,7 @@ def measurement(similarity: Similarity, collect: CollectConfig, block_size: int)
     )
     scale = "is divided by its root mean square" if collect.normalize else "is taken as it is"
     return [
-        f"{similarity['num_batches']} batches of {collect.batch_size} sequences of {block_size} tokens from the "
+        f"{similarity['num_batches']} batches of {collect.batch_size} sequences of {tokens} from the "
         f"calibration part; {similarity['num_samples']:,} {unit}s compared, at most {collect.samples} of a batch",
         *_saving(similarity, collect),
         f"estimator: linear CKA, {similarity['estimator']}",

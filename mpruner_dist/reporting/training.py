@@ -18,7 +18,7 @@ def training(config: Config, data: dict[str, Any], weights: dict[str, Any] | Non
     if retrain is None:
         return []
     lines = [
-        f"{retrain.steps} steps of {retrain.batch_size} sequences of {'' if config.data.pack else 'at most '}"
+        f"{retrain.steps} steps of {retrain.batch_size} sequences of {'' if data['packed'] else 'at most '}"
         f"{config.data.block_size} tokens: {retrain.steps * retrain.batch_size:,} sequences from a train part of "
         f"{data['parts']['train']['blocks']:,}",
         f"learning rate {retrain.learning_rate:g}, {retrain.warmup_steps} warm-up steps, down to "
@@ -57,5 +57,5 @@ def _distillation(config: DistillationConfig | None) -> list[str]:
         parts.append(f"hidden states of the kept layers, weight {config.hidden_weight:g}")
     return [
         f"distillation from {who}: {'; '.join(parts)}; the training loss holds all terms, the validation loss only "
-        "that of the language model"
+        "that of the task itself"
     ]

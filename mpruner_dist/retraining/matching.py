@@ -4,21 +4,22 @@ from pathlib import Path
 from typing import Any
 
 from mpruner_dist.config import DistillationConfig
-from mpruner_dist.data.prepare import load_tokenizer
+from mpruner_dist.data.readers import load_tokenizer
 from mpruner_dist.errors import UserError
 from mpruner_dist.models.loading import read_config
 
 
 def require_fitting_teacher(
-    teacher: Path, model: Path, config: DistillationConfig, trust_remote_code: bool = False
+    teacher: Path, model: Path, config: DistillationConfig, trust_remote_code: bool = False, task: str = "causal-lm"
 ) -> None:
-    """Compare vocabularies, and what the hidden states need.
+    """Compare vocabularies, classes, and what the hidden states need.
 
     Args:
         teacher: its folder.
         model: folder of the unpruned model.
         config: what is to be learnt.
         trust_remote_code: run code that lies in the folders.
+        task: of both; classes are compared where there are any.
 
     Raises:
         UserError: the teacher's words, or the layers that are asked for, are not the model's.
@@ -36,6 +37,12 @@ def require_fitting_teacher(
         raise UserError(
             f"{where} has a vocabulary of {theirs.vocab_size} words, the model one of {mine.vocab_size}: their "
             "predictions cannot be compared; take a teacher of the same family"
+        )
+    own, other = (read_config(folder, trust_remote_code) for folder in (model, teacher))
+    if task != "causal-lm" and own.id2label != other.id2label:
+        raise UserError(
+            f"{where} has the classes {list(other.id2label.values())}, the model {list(own.id2label.values())}: their "
+            "predictions cannot be compared"
         )
     _require_same_ids(where, *(load_tokenizer(folder, trust_remote_code).get_vocab() for folder in (teacher, model)))
     if config.hidden_weight:

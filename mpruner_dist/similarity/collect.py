@@ -39,7 +39,9 @@ def collect_job(worker: Worker, spec: dict[str, Any]) -> None:
     """
     config: Config = spec["config"]
     if config.collect.unit in ("image", "patch"):
-        raise UserError(f"collect.unit {config.collect.unit} is for vision models, this one reads text: use token")
+        raise UserError(
+            f"collect.unit {config.collect.unit} is for vision models, this one reads text: use token or sequence"
+        )
     saved = BatchSums.load(Path(spec["sums"]))
     worker.barrier()  # nobody saves before everybody has looked
     collection = Collection(worker, config, spec, saved)

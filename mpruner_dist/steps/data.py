@@ -15,6 +15,8 @@ def data(road: Road) -> Step:
     tokenizer = {file.name: spot_digest(file) for file in sorted(road.source.glob("*token*"))}
     files = {part: source_digest(source) for part, source in road.config.data.parts().items()}
     inputs = {
+        "task": road.config.model.task,
+        "labels": road.checkpoint.config.get("id2label"),
         "tokenizer": tokenizer,
         "data": road.config.data.model_dump(mode="json"),
         "blocks": blocks_needed(road.config),

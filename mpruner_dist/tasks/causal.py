@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mpruner_dist.config.task import FACTS
 from mpruner_dist.data.blocks import Blocks
 from mpruner_dist.tasks.task import IGNORED, Batch, summed_nll
 
@@ -15,8 +16,7 @@ from mpruner_dist.tasks.task import IGNORED, Batch, summed_nll
 class NextToken:
     """A decoder, and blocks of text; every token but a block's first is predicted. B sequences, T tokens."""
 
-    auto_class = "AutoModelForCausalLM"
-    unit = "token"
+    facts = FACTS["causal-lm"]
 
     def batch(self, part: Blocks, device: torch.device) -> Batch:
         """Ids and mask [B, T], int64."""

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mpruner_dist.config.task import TaskFacts
 from mpruner_dist.data.parts import Part
 
 IGNORED = -100
@@ -35,10 +36,7 @@ class Batch:
 class Task(Protocol[P]):
     """Everything about a task that the stages ask."""
 
-    auto_class: str
-    """Name of the class of transformers that loads the model with its head."""
-    unit: str
-    """What speed is counted in, and predictions: token, text."""
+    facts: TaskFacts
 
     def batch(self, part: P, device: torch.device) -> Batch:
         """These sequences or images as a batch on a device."""
@@ -47,7 +45,7 @@ class Task(Protocol[P]):
         """How many predictions each of them holds, [B]."""
 
     def size(self, part: P) -> int:
-        """How much work they are, in units."""
+        """How much work they are, in the task's unit."""
 
     def tally(self, logits: Tensor, batch: Batch) -> Tensor:
         """Sums over the batch's predictions, float64, which may be added to those of others.
@@ -56,7 +54,7 @@ class Task(Protocol[P]):
         """
 
     def quality(self, tally: list[float]) -> dict[str, float]:
-        """What such sums say of the model, under the names of `config.task.METRICS`."""
+        """What such sums say of the model, under the names of its metrics."""
 
 
 def summed_nll(logits: Tensor, targets: Tensor) -> Tensor:
