@@ -13,6 +13,7 @@ from mpruner_dist.checkpoints.source import resolve_source
 from mpruner_dist.cluster.settings import Settings, inference_settings, read_deepspeed_config, zero_stage
 from mpruner_dist.config import Config
 from mpruner_dist.config.plan import JUDGED
+from mpruner_dist.config.task import FACTS
 from mpruner_dist.data.parts import Part
 from mpruner_dist.data.prepare import make_part
 from mpruner_dist.data.readers import make_reader
@@ -97,10 +98,9 @@ def _collection(config: Config, checkpoint: CheckpointFolder, settings: Settings
     collect = config.collect
     # two streams of triangles of Gram matrices, and as much again while one is permuted
     memory = _weights(config, checkpoint, settings) + depth * collect.samples**2 * 4 * 2
-    tokens = collect.num_batches * collect.batch_size * config.data.block_size
     turns = math.ceil(collect.num_batches / config.cluster.workers)
     return (
-        f"{collect.num_batches} batches of {collect.batch_size} x {config.data.block_size} tokens ({tokens:,}), "
+        f"{collect.num_batches} batches of {_sequences(config, collect.batch_size)}, "
         f"{turns} turns a worker, {_bytes(memory)} a worker"
     )
 
@@ -131,9 +131,16 @@ def _evaluation(config: Config, checkpoint: CheckpointFolder, settings: Settings
 
 def _facts(facts: dict[str, Any]) -> str:
     """What is known of a part, such as its number of tokens and of each class."""
-    return ", ".join(
-        [f"{facts['tokens']:,} tokens", *(f"{count:,} {name}" for name, count in facts.get("labels", {}).items())]
-    )
+    tokens = [f"{facts['tokens']:,} tokens"] if "tokens" in facts else []
+    return ", ".join(tokens + [f"{count:,} {name}" for name, count in facts.get("labels", {}).items()])
+
+
+def _sequences(config: Config, count: int) -> str:
+    """So many of what a batch is made of."""
+    if FACTS[config.model.task].reads == "images":
+        return f"{count} images"
+    most = "" if config.model.task == "causal-lm" else "at most "
+    return f"{count} x {most}{config.data.block_size} tokens"
 
 
 def _retraining(
@@ -156,7 +163,7 @@ def _retraining(
     return [
         (
             "retraining",
-            f"{retrain.steps} steps of {retrain.batch_size} x {config.data.block_size} tokens ({epochs:.1f} epochs), "
+            f"{retrain.steps} steps of {_sequences(config, retrain.batch_size)} ({epochs:.1f} epochs), "
             f"{settings['gradient_accumulation_steps']} micro-batches of {retrain.micro_batch_size} a worker, "
             f"ZeRO stage {zero_stage(settings)}, at most {trained / 1e6:.2f} M parameters trained, at most "
             f"{_training_memory(config, settings, checkpoint.num_parameters, trained)}",

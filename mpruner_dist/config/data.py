@@ -25,14 +25,16 @@ class SourceConfig(Section):
     """One part of the text."""
 
     path: str
-    """A file or folder of .txt, .jsonl, .json, .csv or .parquet, a saved `datasets` folder, or a `datasets` id."""
+    """A file or folder of .txt, .jsonl, .json, .csv or .parquet, a saved `datasets` folder, or a `datasets` id; of
+    images also a folder with a folder of files for each class, or of IDX files such as Fashion-MNIST's."""
     name: str | None = None
     """Configuration of the `datasets` id, such as wikitext-103-raw-v1."""
     split: str = "train"
-    """Split of a `datasets` id. Files have one split, called train."""
+    """Split of a `datasets` id, or train or test of IDX files. Other files have one split, called train."""
     text_field: str = "text"
     label_field: str = "label"
-    """Of text-classification: the class of a text, by the name or the number that it has in the model's config.json."""
+    """Of classification: the class of a record, by the name or the number that it has in the model's config.json."""
+    image_field: str = "image"
     take: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
     """Share of the records, in their order: [0.2, 0.8] takes those from 20 % to 80 %."""
 

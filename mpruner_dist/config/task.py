@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-TaskName = Literal["causal-lm", "text-classification"]
+TaskName = Literal["causal-lm", "text-classification", "image-classification"]
 
 
 @dataclass(frozen=True)
@@ -14,11 +14,15 @@ class TaskFacts:
     """Name of the class of transformers that loads the model with its head."""
     unit: str
     """What its work and its predictions are counted in."""
+    reads: Literal["text", "images"]
     metrics: tuple[str, ...]
     """What `evaluation.json` says of each model beside its loss, the most telling first."""
 
 
 FACTS: dict[str, TaskFacts] = {
-    "causal-lm": TaskFacts("AutoModelForCausalLM", "token", ("perplexity", "accuracy")),
-    "text-classification": TaskFacts("AutoModelForSequenceClassification", "text", ("accuracy", "macro_f1")),
+    "causal-lm": TaskFacts("AutoModelForCausalLM", "token", "text", ("perplexity", "accuracy")),
+    "text-classification": TaskFacts("AutoModelForSequenceClassification", "text", "text", ("accuracy", "macro_f1")),
+    "image-classification": TaskFacts("AutoModelForImageClassification", "image", "images", ("accuracy", "macro_f1")),
 }
+UNITS = {"text": ("token", "sequence"), "images": ("image",)}
+"""What may be a sample of the similarity, by what a task reads."""

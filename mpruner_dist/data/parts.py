@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from mpruner_dist.data.blocks import Blocks
+from mpruner_dist.data.images import LabelledImages
 from mpruner_dist.data.labelled import LabelledTexts
 from mpruner_dist.errors import UserError
 from mpruner_dist.runs.commit import write_bytes
@@ -45,6 +46,8 @@ def load_part(path: Path) -> Any:
     try:
         with safe_open(path, "numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if "pixels" in tensors:
+            return LabelledImages(**tensors)
         kind = LabelledTexts if "labels" in tensors else Blocks
         return kind(tensors.pop("input_ids"), **tensors)
     except Exception as error:

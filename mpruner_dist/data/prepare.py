@@ -83,5 +83,7 @@ def prepare_data(config: Config, model_folder: Path, target: Path, progress: Pat
         summary["parts"][part] = {
             "blocks": len(made), **facts, "digest": file_digest(path), "records_also_in": shared
         }  # fmt: skip
-        log.info("  %s: %d %s, %d tokens", part, len(made), reader.unit, facts["tokens"])
+        log.info(
+            "  %s: %d %s%s", part, len(made), reader.unit, f", {facts['tokens']} tokens" if "tokens" in facts else ""
+        )
     write_json(target / "data.json", summary)

@@ -1,5 +1,6 @@
 """How each task reads its data: from records of a source to a part."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -9,8 +10,9 @@ import transformers
 
 from mpruner_dist.config import Config, DataConfig, SourceConfig
 from mpruner_dist.data.blocks import Blocks, make_blocks
+from mpruner_dist.data.images import LabelledImages, PixelFormat, make_images, pixel_format
 from mpruner_dist.data.labelled import LabelledTexts, label_names, make_labelled
-from mpruner_dist.data.sources import open_labelled, open_source
+from mpruner_dist.data.sources import open_images, open_labelled, open_source
 from mpruner_dist.errors import UserError
 
 R = TypeVar("R")
@@ -74,9 +76,32 @@ class LabelledReader:
 
     def facts(self, part: LabelledTexts) -> dict[str, Any]:
         """The number of tokens, and of the texts of each class."""
-        counts = Counter(part.labels.tolist())
-        labels = {name: counts[number] for number, name in enumerate(self.labels)}
-        return {"tokens": int(part.lengths.sum()), "labels": labels}
+        return {"tokens": int(part.lengths.sum()), "labels": of_classes(part, self.labels)}
+
+
+class ImageReader:
+    """Images with a class each, for image-classification."""
+
+    unit = "labelled images"
+
+    def __init__(self, form: PixelFormat, labels: list[str]) -> None:
+        self.form, self.labels = form, labels
+
+    def read(self, source: SourceConfig, limit: int | None, watch: Watch) -> LabelledImages:
+        """An image a record, in the model's size."""
+        records, number = open_images(source, self.labels)
+        watched = watch(records, number, lambda record: hashlib.sha256(record[0].tobytes()).hexdigest())
+        return make_images(watched, self.form, source.path, limit)
+
+    def facts(self, part: LabelledImages) -> dict[str, Any]:
+        """The number of images of each class."""
+        return {"labels": of_classes(part, self.labels)}
+
+
+def of_classes(part: LabelledTexts | LabelledImages, labels: list[str]) -> dict[str, int]:
+    """How many there are of each class."""
+    counts = Counter(part.labels.tolist())
+    return {name: counts[number] for number, name in enumerate(labels)}
 
 
 def make_reader(config: Config, model_folder: Path) -> Reader:
@@ -85,6 +110,8 @@ def make_reader(config: Config, model_folder: Path) -> Reader:
     Raises:
         UserError: the model's folder lacks what it needs.
     """
+    if config.model.task == "image-classification":
+        return ImageReader(pixel_format(model_folder), label_names(model_folder))
     tokenizer = load_tokenizer(model_folder, config.model.trust_remote_code)
     if config.model.task == "causal-lm":
         return BlockReader(config.data, tokenizer)

@@ -2,16 +2,21 @@
 
 import logging
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 
 from mpruner_dist.config import SourceConfig
+from mpruner_dist.data.images import Bytes, idx_records
 from mpruner_dist.data.labelled import label_number
 from mpruner_dist.errors import UserError
 
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
 def open_source(source: SourceConfig) -> tuple[Iterator[str], int, str | None]:
@@ -41,21 +46,47 @@ def open_labelled(source: SourceConfig, labels: list[str]) -> tuple[Iterator[tup
         UserError: nothing there, an unknown format, no such field; while it is read, a class that the model has not.
     """
     table, rows, _ = _open(source, "text_field", "label_field")
+    records = _labelled(table, rows, source, source.text_field, labels)
+    return ((text, label) for text, label in records if _is_text(text)), len(rows)
+
+
+def open_images(source: SourceConfig, labels: list[str]) -> tuple[Iterator[tuple[Bytes, int]], int]:
+    """The images that a source takes, [height, width] or [height, width, channels], each with the number of its class.
+
+    Args and errors are those of `open_labelled`.
+    """
+    path = Path(source.path).expanduser()
+    found = idx_records(path, source.split, source.take) if path.is_dir() else None
+    if found is not None:
+        records, number = found
+        where = f"a label of {source.path}"
+        return ((pixels, label_number(label, labels, where)) for pixels, label in records), number
+    table, rows, _ = _open(source, "image_field", "label_field")
+    if not isinstance(table.features[source.image_field], datasets.Image):
+        raise UserError(f"{source.image_field} of {source.path} holds no images: set image_field, or save it as Image")
+    if find_spec("PIL") is None:
+        raise UserError("images in files need Pillow: pip install 'mpruner-dist[vision]'")
+    decoded = _labelled(table, rows, source, source.image_field, labels)
+    return ((_pixels(image), label) for image, label in decoded), len(rows)
+
+
+def _pixels(image: Any) -> Bytes:
+    """Of a Pillow image; palettes and the like become colours."""
+    return np.asarray(image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB"))
+
+
+def _labelled(
+    table: Any, rows: range, source: SourceConfig, field: str, labels: list[str]
+) -> Iterator[tuple[Any, int]]:
     names = getattr(table.features[source.label_field], "names", None)  # of a ClassLabel
     if labels[0] == "LABEL_0":  # the model names none
         names = None
-
-    def records() -> Iterator[tuple[str, int]]:
-        for row in rows:
-            record = table[row]
-            text, label = record[source.text_field], record[source.label_field]
-            if _is_text(text):
-                where = f"{source.label_field} of record {row} of {source.path}"
-                if names and isinstance(label, int) and 0 <= label < len(names):
-                    label = names[label]
-                yield text, label_number(label, labels, where)
-
-    return records(), len(rows)
+    for row in rows:
+        record = table[row]
+        label = record[source.label_field]
+        if names and isinstance(label, int) and 0 <= label < len(names):
+            label = names[label]
+        yield record[field], label_number(label, labels, f"{source.label_field} of record {row} of {source.path}")
 
 
 def _open(source: SourceConfig, *keys: str) -> tuple[Any, range, str | None]:
@@ -86,6 +117,8 @@ def _load(source: SourceConfig) -> tuple[Any, str | None]:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             saved = datasets.load_from_disk(str(path))
             return (saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved), None
+        if path.is_dir() and any(file.suffix.lower() in IMAGES for file in path.rglob("*")):
+            return datasets.load_dataset("imagefolder", data_dir=str(path), split=source.split), None
         files, kind = _files(path)
         options = {"sample_by": "paragraph"} if kind == "text" else {}
         table = datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)

@@ -47,10 +47,11 @@ from mpruner_dist.runs.digest import file_digest
 log = logging.getLogger(__name__)
 
 PACKAGES = ("mpruner-dist", "torch", "deepspeed", "ray", "transformers", "safetensors", "datasets")
+CLASSES = " whose class was found, macro F1 the mean over the classes of the harmonic mean of precision and recall"
 METRIC_NOTES = {
     "causal-lm": "Perplexity is that of the next token",
-    "text-classification": "Accuracy is the share of the texts whose class was found, macro F1 the mean over the "
-    "classes of the harmonic mean of precision and recall",
+    "text-classification": f"Accuracy is the share of the texts{CLASSES}",
+    "image-classification": f"Accuracy is the share of the images{CLASSES}",
 }
 CARD_MARKER = "<!-- mpruner-dist -->"
 Facts = dict[str, Any]

@@ -76,13 +76,14 @@ def _reduced(logits_BTV: Tensor, words_BTK: Tensor) -> Tensor:
     return torch.log_softmax(kept, -1)
 
 
-def hidden_loss(student: list[Tensor], teacher: list[Tensor], weights_BT: Tensor) -> Tensor:
+def hidden_loss(student: list[Tensor], teacher: list[Tensor], weights_BT: Tensor | None) -> Tensor:
     """Squared distance of each token's states from the teacher's, relative to theirs; the mean over layers."""
-    total = torch.zeros((), device=weights_BT.device)
+    total = torch.zeros((), device=student[0].device)
     for mine_BTD, theirs_BTD in zip(student, teacher, strict=True):
         theirs = theirs_BTD.float()
         distance_BT = (mine_BTD.float() - theirs).square().sum(-1)
-        total = total + (distance_BT / theirs.square().sum(-1).clamp_min(1e-12) * weights_BT).sum()
+        weights = 1 / distance_BT.shape[1] if weights_BT is None else weights_BT
+        total = total + (distance_BT / theirs.square().sum(-1).clamp_min(1e-12) * weights).sum()
     return total / len(student)
 
 

@@ -14,7 +14,7 @@ from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import CollectConfig, Config
 from mpruner_dist.data.blocks import batch_rows, share_of_batches
 from mpruner_dist.data.parts import Part, load_part
-from mpruner_dist.errors import StageFailure, UserError
+from mpruner_dist.errors import StageFailure
 from mpruner_dist.models.blocks import activations_per_token
 from mpruner_dist.models.engines import forward_settings, inference_engine
 from mpruner_dist.models.stacks import only_blocks
@@ -33,15 +33,10 @@ def collect_job(worker: Worker, spec: dict[str, Any]) -> None:
     spec: config (Config), model (Path), blocks (Path), sums (Path), deepspeed (dict), is_settled (IsSettled or None).
 
     Raises:
-        UserError: samples that this model does not have.
         StageFailure: the sums that were all-reduced are not those on disk.
         Preempted: a signal came, and the sums are saved.
     """
     config: Config = spec["config"]
-    if config.collect.unit in ("image", "patch"):
-        raise UserError(
-            f"collect.unit {config.collect.unit} is for vision models, this one reads text: use token or sequence"
-        )
     saved = BatchSums.load(Path(spec["sums"]))
     worker.barrier()  # nobody saves before everybody has looked
     collection = Collection(worker, config, spec, saved)
@@ -148,7 +143,7 @@ class Collection:
         With a replica one is as quick as many, and sums that do not depend on the number of workers, to the last bit,
         need passes that do not.
         """
-        if zero_stage != 3:
+        if zero_stage != 3 or self.task.facts.reads == "images":  # of how many patches an image is, no rule knows
             return 1
         config, collect = self.config, self.config.collect
         width = getattr(torch, config.model.dtype).itemsize

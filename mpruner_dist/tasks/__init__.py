@@ -4,12 +4,16 @@ from typing import Any
 
 from mpruner_dist.config import ModelConfig
 from mpruner_dist.tasks.causal import NextToken
-from mpruner_dist.tasks.classification import TextClass
+from mpruner_dist.tasks.classification import ImageClass, TextClass
 from mpruner_dist.tasks.task import IGNORED, Batch, Task, summed_nll
 
 __all__ = ["IGNORED", "TASKS", "Batch", "Task", "summed_nll", "task_of"]
 
-TASKS: dict[str, Task[Any]] = {"causal-lm": NextToken(), "text-classification": TextClass()}
+TASKS: dict[str, Task[Any]] = {
+    "causal-lm": NextToken(),
+    "text-classification": TextClass(),
+    "image-classification": ImageClass(),
+}
 """By `model.task`."""
 
 

@@ -29,8 +29,9 @@ class Batch:
     """Keyword arguments of the model's forward."""
     targets: Tensor
     """The right class of each prediction, int64: the shape of the logits without their last dimension, or IGNORED."""
-    state_weights_BT: Tensor
-    """How much the states at each position count where hidden states are compared: 1 a prediction, all together."""
+    state_weights_BT: Tensor | None
+    """How much the states at each position count where hidden states are compared: 1 a prediction, all together. None:
+    all positions of a row alike, and 1 a row."""
 
 
 class Task(Protocol[P]):
