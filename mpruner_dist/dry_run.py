@@ -51,7 +51,7 @@ def describe(config: Config) -> Rows:
     depth = num_layers(model_config)
     prefix = block_prefix(checkpoint.tensors, model_config, config.model.trust_remote_code)
     sizes = layer_parameters(checkpoint, prefix, depth)
-    reader = make_reader(config, source)
+    reader, reads = make_reader(config, source), FACTS[config.model.task].reads
     with TemporaryDirectory() as folder:
         progress = Path(folder) / "progress.json"
         with show_progress(progress):
@@ -76,7 +76,10 @@ def describe(config: Config) -> Rows:
         ("parameters", f"{checkpoint.num_parameters:,}"),
         ("to read", f"{_bytes(checkpoint.num_bytes)} in {len(checkpoint.shards)} file(s)"),
         ("to write", _to_write(round_one, checkpoint, sizes)),
-        *((f"{part} text", f"{len(made)} {reader.unit}, {_facts(reader.facts(made))}") for part, made in parts.items()),
+        *(
+            (f"{part} {reads}", f"{len(made)} {reader.unit}, {_facts(reader.facts(made))}")
+            for part, made in parts.items()
+        ),
         ("workers", f"{config.cluster.workers}, device {config.cluster.device}, ZeRO stage {stage}"),
         ("collection", _collection(config, checkpoint, inference, depth)),
         *_planning(round_one, checkpoint, sizes, parts),

@@ -63,9 +63,7 @@ class PixelFormat:
         Raises:
             UserError: a number of channels that cannot be made the model's.
         """
-        pixels = torch.from_numpy(np.ascontiguousarray(image if image.ndim == 3 else image[:, :, None])).permute(
-            2, 0, 1
-        )
+        pixels = torch.from_numpy(np.array(image if image.ndim == 3 else image[:, :, None])).permute(2, 0, 1)
         if len(pixels) == 4 and self.channels == 3:  # the fourth is transparency
             pixels = pixels[:3]
         if len(pixels) not in (1, self.channels):
