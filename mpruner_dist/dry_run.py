@@ -13,8 +13,10 @@ from mpruner_dist.checkpoints.source import resolve_source
 from mpruner_dist.cluster.settings import Settings, inference_settings, read_deepspeed_config, zero_stage
 from mpruner_dist.config import Config
 from mpruner_dist.config.plan import JUDGED
-from mpruner_dist.data.blocks import Blocks
-from mpruner_dist.data.prepare import load_tokenizer, make_part
+from mpruner_dist.config.task import FACTS
+from mpruner_dist.data.parts import Part
+from mpruner_dist.data.prepare import make_part
+from mpruner_dist.data.readers import make_reader
 from mpruner_dist.errors import UserError
 from mpruner_dist.evaluation.tasks import require_harness
 from mpruner_dist.logs import show_progress
@@ -29,6 +31,7 @@ from mpruner_dist.retraining.metrics import require_loggers
 from mpruner_dist.retraining.settings import hidden_size, training_settings
 from mpruner_dist.retraining.targets import require_targets
 from mpruner_dist.rounds import Base, round_config
+from mpruner_dist.tasks import task_of
 
 Rows = list[tuple[str, str]]
 
@@ -50,13 +53,12 @@ def describe(config: Config) -> Rows:
     prefix = block_prefix(checkpoint.tensors, model_config, config.model.trust_remote_code)
     sizes = layer_parameters(checkpoint, prefix, depth)
     require_targets(config.retrain, model_config, config.model.trust_remote_code)
-    tokenizer = load_tokenizer(source, config.model.trust_remote_code)
+    reader, reads = make_reader(config, source), FACTS[config.model.task].reads
     with TemporaryDirectory() as folder:
         progress = Path(folder) / "progress.json"
         with show_progress(progress):
             parts = {
-                part: make_part(config, part, text, tokenizer, progress)[0]
-                for part, text in config.data.parts().items()
+                part: make_part(config, part, text, reader, progress)[0] for part, text in config.data.parts().items()
             }
     given = read_deepspeed_config(config.cluster.deepspeed)
     chosen = given.get("zero_optimization", {}).get("stage", config.cluster.zero_stage)
@@ -76,7 +78,10 @@ def describe(config: Config) -> Rows:
         ("parameters", f"{checkpoint.num_parameters:,}"),
         ("to read", f"{_bytes(checkpoint.num_bytes)} in {len(checkpoint.shards)} file(s)"),
         ("to write", _to_write(round_one, checkpoint, sizes)),
-        *((f"{part} text", f"{len(made)} blocks, {int(made.lengths.sum()):,} tokens") for part, made in parts.items()),
+        *(
+            (f"{part} {reads}", f"{len(made)} {reader.unit}, {_facts(reader.facts(made))}")
+            for part, made in parts.items()
+        ),
         ("workers", f"{_workers(config)}, device {config.cluster.device}, ZeRO stage {stage}"),
         ("collection", _collection(config, checkpoint, inference, depth)),
         *_planning(round_one, checkpoint, sizes, parts),
@@ -104,15 +109,16 @@ def _collection(config: Config, checkpoint: CheckpointFolder, settings: Settings
     collect = config.collect
     # two streams of triangles of Gram matrices, and as much again while one is permuted
     memory = _weights(config, checkpoint, settings) + depth * collect.samples**2 * 4 * 2
-    tokens = collect.num_batches * collect.batch_size * config.data.block_size
     turns = math.ceil(collect.num_batches / config.cluster.workers)
+    tokens = collect.num_batches * collect.batch_size * config.data.block_size
+    in_all = "" if FACTS[config.model.task].reads == "images" else f" ({tokens:,})"
     return (
-        f"{collect.num_batches} batches of {collect.batch_size} x {config.data.block_size} tokens ({tokens:,}), "
+        f"{collect.num_batches} batches of {_sequences(config, collect.batch_size)}{in_all}, "
         f"{turns} turns a worker, {_bytes(memory)} a worker"
     )
 
 
-def _planning(config: Config, checkpoint: CheckpointFolder, sizes: list[int], parts: dict[str, Blocks]) -> Rows:
+def _planning(config: Config, checkpoint: CheckpointFolder, sizes: list[int], parts: dict[str, Part]) -> Rows:
     """What a plan that is judged by its loss takes; nothing for others, which are instant."""
     plan = config.plan
     if plan.method == "file" or (plan.keep_layers is None and plan.target_parameters is None):
@@ -122,23 +128,36 @@ def _planning(config: Config, checkpoint: CheckpointFolder, sizes: list[int], pa
     if plan.method not in JUDGED:
         return [("plan", f"{plan.method}: {remove} layers go")]
     passes = f"at most {plan.passes}" if plan.method == "search" else str(greedy_passes(budget.most, remove))
-    tokens = int(parts["validation"].lengths[: plan.judge_blocks].sum())
-    return [
-        ("plan", f"{plan.method}: {remove} layers go, {passes} forward passes over {tokens:,} validation tokens each")
-    ]
+    task, validation = task_of(config.model), parts["validation"]
+    size = task.size(validation.rows(range(min(len(validation), plan.judge_blocks or len(validation)))))
+    each = f"{size:,} validation {task.facts.unit}s each"
+    return [("plan", f"{plan.method}: {remove} layers go, {passes} forward passes over {each}")]
 
 
-def _evaluation(
-    config: Config, checkpoint: CheckpointFolder, settings: Settings, model_config: Any, test: Blocks
-) -> str:
-    logits = config.evaluate.batch_size * config.data.block_size * model_config.vocab_size * 8
-    memory = _weights(config, checkpoint, settings) + logits
-    models = 2 if config.retrain is None else 3
-    return f"{models} models on {int(test.lengths.sum()):,} tokens, {_bytes(memory)} a worker"
+def _evaluation(config: Config, checkpoint: CheckpointFolder, settings: Settings, model_config: Any, test: Part) -> str:
+    # the logits of a class are a few numbers
+    words = config.data.block_size * model_config.vocab_size if config.model.task == "causal-lm" else 0
+    memory = _weights(config, checkpoint, settings) + config.evaluate.batch_size * words * 8
+    models, task = 2 if config.retrain is None else 3, task_of(config.model)
+    return f"{models} models on {task.size(test):,} {task.facts.unit}s, {_bytes(memory)} a worker"
+
+
+def _facts(facts: dict[str, Any]) -> str:
+    """What is known of a part, such as its number of tokens and of each class."""
+    tokens = [f"{facts['tokens']:,} tokens"] if "tokens" in facts else []
+    return ", ".join(tokens + [f"{count:,} {name}" for name, count in facts.get("labels", {}).items()])
+
+
+def _sequences(config: Config, count: int) -> str:
+    """So many of what a batch is made of."""
+    if FACTS[config.model.task].reads == "images":
+        return f"{count} images"
+    most = "" if config.model.task == "causal-lm" else "at most "
+    return f"{count} x {most}{config.data.block_size} tokens"
 
 
 def _retraining(
-    config: Config, source: Path, checkpoint: CheckpointFolder, prefix: str, sizes: list[int], train: Blocks | None
+    config: Config, source: Path, checkpoint: CheckpointFolder, prefix: str, sizes: list[int], train: Part | None
 ) -> Rows:
     retrain = config.retrain
     if retrain is None or train is None:
@@ -149,13 +168,15 @@ def _retraining(
     if retrain.distillation is not None:
         named = retrain.distillation.teacher
         teacher = source if named is None else resolve_source(named, None)
-        require_fitting_teacher(teacher, source, retrain.distillation, config.model.trust_remote_code)
+        require_fitting_teacher(
+            teacher, source, retrain.distillation, config.model.trust_remote_code, config.model.task
+        )
     trained = _trained(config, checkpoint, prefix, sizes)
     epochs = retrain.steps * retrain.batch_size / len(train)
     return [
         (
             "retraining",
-            f"{retrain.steps} steps of {retrain.batch_size} x {config.data.block_size} tokens ({epochs:.1f} epochs), "
+            f"{retrain.steps} steps of {_sequences(config, retrain.batch_size)} ({epochs:.1f} epochs), "
             f"{settings['gradient_accumulation_steps']} micro-batches of {retrain.micro_batch_size} a worker, "
             f"ZeRO stage {zero_stage(settings)}, at most {trained / 1e6:.2f} M parameters trained, at most "
             f"{_training_memory(config, settings, checkpoint.num_parameters, trained)}",

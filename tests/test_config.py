@@ -23,7 +23,10 @@ def full() -> dict[str, Any]:
     """Every section, and no value left at its default."""
     text = "corpus"
     return {
-        "model": {"path": "/models/big", "revision": "v2", "dtype": "bfloat16", "trust_remote_code": True},
+        "model": {
+            "path": "/models/big", "revision": "v2", "task": "text-classification", "dtype": "bfloat16",
+            "trust_remote_code": True,
+        },
         "data": {
             "block_size": 64,
             "pack": False,
@@ -42,7 +45,7 @@ def full() -> dict[str, Any]:
             "steps": 30, "batch_size": 12, "micro_batch_size": 2, "learning_rate": 3e-5, "min_lr_ratio": 0.0,
             "warmup_steps": 3, "weight_decay": 0.1, "max_grad_norm": 0.5, "zero_stage": 3, "deepspeed": "ds.json",
             "distillation": {
-                "weight": 0.25, "temperature": 2.0, "top_k": 8, "hidden_weight": 0.5, "teacher": "/models/bigger",
+                "weight": 0.25, "temperature": 2.0, "hidden_weight": 0.5, "teacher": "/models/bigger",
             },
             "trainable": "neighbours", "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q_proj"]},
             "activation_checkpointing": True, "log_to": ["tensorboard", "wandb"], "save_every": 5, "eval_every": 7,
@@ -288,3 +291,41 @@ def test_plans_are_judged_on_validation_text(tmp_path: Path, method: str) -> Non
     content = minimal() | {"plan": {"method": method, "keep_layers": 3}}
     assert f"plan.method {method} measures the loss of plans: it needs data.validation" in refusal(tmp_path, content)
     assert load(tmp_path, content, "data.validation.path=c.jsonl").plan.passes == 64
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "message"),
+    [
+        (
+            "text-classification",
+            {"rounds.metric": "perplexity"},
+            "rounds.metric perplexity is none of model.task text-cl",
+        ),
+        ("causal-lm", {"rounds.metric": "macro_f1"}, "macro_f1 is none of model.task causal-lm: perplexity, accuracy"),
+        (
+            "text-classification",
+            {"rounds.metric": "task", "rounds.task": {"name": "arc_easy"}},
+            "rounds.metric task is none of model.task text-classification: accuracy, macro_f1",
+        ),
+        (
+            "text-classification",
+            {"rounds.metric": "accuracy", "retrain.distillation": {"top_k": 3}},
+            "top_k is of words, and model.task text-classification has classes",
+        ),
+        ("text-clasification", {}, "model.task"),
+    ],
+)
+def test_a_task_has_its_own_metrics(tmp_path: Path, task: str, changes: dict[str, Any], message: str) -> None:
+    parts = {part: {"path": f"{part}.csv"} for part in ("calibration", "train", "validation", "test")}
+    content = {"model": {"path": "m", "task": task}, "data": parts, "retrain": {}, "rounds": {"tolerance": 0.1}}
+    overrides = [f"{key}={yaml.safe_dump(value, default_flow_style=True).strip()}" for key, value in changes.items()]
+    assert message in refusal(tmp_path, content, *(override.removesuffix("\n...") for override in overrides))
+
+
+def test_a_classifier_is_judged_by_accuracy_or_macro_f1(tmp_path: Path) -> None:
+    content = minimal() | {"model": {"path": "m", "task": "text-classification"}, "rounds": {"tolerance": 0.02}}
+    content["data"] |= {"validation": {"path": "c.csv"}}
+    for metric in ("accuracy", "macro_f1"):
+        rounds = load(tmp_path, content, f"rounds.metric={metric}").rounds
+        assert rounds is not None
+        assert rounds.metric == metric

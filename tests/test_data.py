@@ -19,12 +19,11 @@ from mpruner_dist.config import Config, SourceConfig
 from mpruner_dist.data.blocks import (
     Blocks,
     batch_rows,
-    load_blocks,
     make_blocks,
     num_batches,
-    save_blocks,
     share_of_batches,
 )
+from mpruner_dist.data.parts import load_part, save_part
 from mpruner_dist.data.prepare import prepare_data
 from mpruner_dist.data.sources import open_source
 from mpruner_dist.errors import UserError
@@ -124,16 +123,16 @@ def test_every_batch_is_done_once_in_equally_many_turns(
 def test_blocks_are_saved_and_read_or_refused_by_name(tmp_path: Path) -> None:
     blocks = blocks_of([[1, 2, 3], [4, 5]], 4, pack=False)
     path = tmp_path / "part.safetensors"
-    save_blocks(path, blocks)
-    read = load_blocks(path)
+    save_part(path, blocks)
+    read = load_part(path)
     assert (read.ids == blocks.ids).all()
     assert (read.lengths == blocks.lengths).all()
     assert read.rows([1, 0]).ids.tolist() == blocks.ids[::-1].tolist()
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"cannot read the token blocks .*part\.safetensors"):
-        load_blocks(path)
-    with pytest.raises(UserError, match=r"cannot read the token blocks .*none"):
-        load_blocks(tmp_path / "none")
+    with pytest.raises(UserError, match=r"cannot read .*part\.safetensors"):
+        load_part(path)
+    with pytest.raises(UserError, match=r"cannot read .*none"):
+        load_part(tmp_path / "none")
 
 
 TEXTS = [text_of([number, number + 1]) for number in range(10)]
@@ -148,6 +147,8 @@ def write_texts(folder: Path, kind: str, texts: list[str] = TEXTS) -> Path:
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     elif kind == "json":
         path.write_text(json.dumps([{"text": text} for text in texts]))
+    elif kind == "csv":
+        table.to_csv(path)
     elif kind == "parquet":
         table.to_parquet(path)
     elif kind == "saved":
@@ -166,7 +167,7 @@ def taken(**source: Any) -> list[str]:
     return list(open_source(SourceConfig(**source))[0])
 
 
-KINDS = ["txt", "jsonl", "json", "parquet", "saved", "saved with splits", "folder"]
+KINDS = ["txt", "jsonl", "json", "csv", "parquet", "saved", "saved with splits", "folder"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -218,8 +219,8 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
     assert "it holds .jsonl, .txt" in refusal(tmp_path / "mixed")
     (tmp_path / "empty").mkdir()
     assert "it holds nothing" in refusal(tmp_path / "empty")
-    (tmp_path / "a.csv").write_text("text\nw1\n")
-    assert "it holds .csv" in refusal(tmp_path / "a.csv")
+    (tmp_path / "a.xml").write_text("<text>w1</text>")
+    assert "it holds .xml" in refusal(tmp_path / "a.xml")
 
 
 @pytest.mark.parametrize(
@@ -263,7 +264,7 @@ def test_parts_are_written_with_their_counts(tmp_path: Path) -> None:
     }
     for part, entry in summary["parts"].items():
         path = tmp_path / "data" / f"{part}.safetensors"
-        assert (entry["tokens"], entry["digest"]) == (load_blocks(path).lengths.sum(), file_digest(path))
+        assert (entry["tokens"], entry["digest"]) == (load_part(path).lengths.sum(), file_digest(path))
         assert set(entry["records_also_in"].values()) <= {0}
 
 

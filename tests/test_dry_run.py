@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 import yaml
-from conftest import ROOT, Cli, make_text, write_config
+from conftest import ROOT, Cli, make_text, make_tokenizer, write_config
 
 
 def dry_run(command: Cli, tmp_path: Path, settings: dict[str, Any]) -> tuple[int, str]:
@@ -26,6 +27,17 @@ def test_a_dry_run_says_what_would_happen_and_does_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
+def make_classifier(folder: Path) -> None:
+    """A BERT for two classes, and the records of `text.jsonl` with labels."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 6}
+    config = transformers.BertConfig(vocab_size=128, max_position_embeddings=64, num_labels=2, **sizes)
+    transformers.BertForSequenceClassification(config).save_pretrained(folder / "model")
+    make_tokenizer(folder / "model")
+    records = [json.loads(line) for line in (folder / "text.jsonl").read_text().splitlines()]
+    labelled = (json.dumps(record | {"label": number % 2}) for number, record in enumerate(records))
+    (folder / "text.jsonl").write_text("\n".join(labelled))
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_configuration_dry_runs(command: Cli, tmp_path: Path, tiny: Path, path: Path) -> None:
     """On a model and texts of this machine where its own are on a hub."""
@@ -33,6 +45,9 @@ def test_every_configuration_dry_runs(command: Cli, tmp_path: Path, tiny: Path, 
     if not Path(content["model"]["path"]).exists():
         content["model"]["path"] = str(tiny / "model")
         make_text(tmp_path / "text.jsonl", records=60_000)
+        if content["model"].get("task") == "text-classification":
+            content["model"]["path"] = str(tmp_path / "model")
+            make_classifier(tmp_path)
         bounds = [0.0, 0.5, 0.8, 0.9, 1.0]
         for part, *take in zip(("calibration", "train", "validation", "test"), bounds, bounds[1:], strict=False):
             content["data"][part] = {"path": str(tmp_path / "text.jsonl"), "take": take}

@@ -11,13 +11,15 @@ from mpruner_dist.checkpoints.export import Exported
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.errors import Fruitless, StageFailure
 from mpruner_dist.retraining import job
+from mpruner_dist.tasks import TASKS
 
 
 def trainer_for(folder: Path, applied: bool = True, **options: Any) -> job.Trainer:
     config = config_for(folder, **options).retrain
     assert config is not None
     engine = SimpleNamespace(was_step_applied=lambda: applied, module=None)
-    return job.Trainer(Worker(0, 1, 0, 1, "cpu", folder, "retrain"), engine, None, config, folder / "work")
+    worker = Worker(0, 1, 0, 1, "cpu", folder, "retrain")
+    return job.Trainer(worker, engine, TASKS["causal-lm"], None, config, folder / "work")
 
 
 def test_a_loss_that_is_not_finite_names_step_blocks_and_the_checkpoint_that_is_left(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from conftest import make_idle_layers, make_model, on_ranks, write_config
 
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config
-from mpruner_dist.data.blocks import Blocks, save_blocks
+from mpruner_dist.data.blocks import Blocks
+from mpruner_dist.data.parts import save_part
 from mpruner_dist.models.blocks import plain_blocks, skipped
 from mpruner_dist.planning.judge import append_losses, judge_job, read_losses
 from mpruner_dist.planning.losses import Losses
@@ -59,7 +60,7 @@ def some_blocks(count: int) -> Blocks:
 def test_two_workers_measure_what_one_model_without_the_layers_does(tmp_path: Path) -> None:
     make_model("llama", tmp_path)
     blocks = some_blocks(ROWS[1] + 1)
-    save_blocks(tmp_path / "validation.safetensors", blocks)
+    save_part(tmp_path / "validation.safetensors", blocks)
     for name in ("zero 0", "zero 3", "elsewhere"):
         (tmp_path / name).mkdir()
     torn = tmp_path / "zero 0" / "losses.jsonl"

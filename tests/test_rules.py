@@ -18,6 +18,7 @@ LEVELS = [
     {"config_file", "exchange", "options"},
     {"runs"},
     {"cluster", "checkpoints", "data"},
+    {"tasks"},
     {"models"},
     {"similarity", "planning", "rewriting", "retraining", "evaluation", "reporting", "machine"},
     {"road"},

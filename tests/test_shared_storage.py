@@ -10,7 +10,8 @@ from conftest import make_model, on_ranks
 
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config
-from mpruner_dist.data.blocks import Blocks, save_blocks
+from mpruner_dist.data.blocks import Blocks
+from mpruner_dist.data.parts import save_part
 from mpruner_dist.evaluation.job import evaluate_job
 
 
@@ -33,7 +34,7 @@ def the_first_worker_decides(folder: Path) -> None:
 def test_what_is_left_to_do_is_what_the_first_worker_sees(tmp_path: Path) -> None:
     make_model("llama", tmp_path)
     ids = np.random.default_rng(0).integers(3, 128, (5, 16)).astype(np.int32)
-    save_blocks(tmp_path / "test.safetensors", Blocks(ids, np.full(5, 16, np.int32)))
+    save_part(tmp_path / "test.safetensors", Blocks(ids, np.full(5, 16, np.int32)))
     for rank, done in ((0, "original"), (1, "pruned")):
         (tmp_path / f"results{rank}").mkdir()
         (tmp_path / f"results{rank}" / f"{done}.json").write_text('"of an earlier attempt"')

@@ -14,6 +14,7 @@ from mpruner_dist.config import Config
 from mpruner_dist.data.blocks import Blocks
 from mpruner_dist.errors import Preempted, UserError
 from mpruner_dist.evaluation import job
+from mpruner_dist.models.scoring import Score
 from mpruner_dist.runs.commit import write_json
 from mpruner_dist.runs.folder import RunFolder, open_run
 from mpruner_dist.steps.evaluate import baseline
@@ -109,19 +110,20 @@ def test_a_signal_during_a_task_is_heard_after_it(tmp_path: Path, monkeypatch: p
         signals.append("SIGTERM")
         return {"task": 0.5}
 
-    score = SimpleNamespace(nll=1.0, accuracy=0.5, tokens=1, seconds=1.0)
+    score = Score(1.0, {"accuracy": 0.5}, 1, 1.0)
     blocks = Blocks(np.zeros((1, 8), np.int32), np.array([8]))
     engine = SimpleNamespace(module=SimpleNamespace(config=None), destroy=lambda: None)
     for name, value in {
-        "start_deepspeed": None, "forward_settings": {}, "load_blocks": blocks, "inference_engine": engine,
-        "num_batches": 1, "score_text": score, "num_layers": 8,
+        "start_deepspeed": None, "forward_settings": {}, "load_part": blocks, "inference_engine": engine,
+        "num_batches": 1, "score_part": score, "num_layers": 8,
         "read_checkpoint": SimpleNamespace(num_parameters=1, num_bytes=4),
     }.items():  # fmt: skip
         monkeypatch.setattr(job, name, lambda *_, value=value: value)
     monkeypatch.setattr(job, "run_task", run_task)
     nothing = dict.fromkeys(("barrier", "begin_progress", "log", "tell"), lambda *_: None)
     nothing["select_on_first"] = lambda items, is_wanted: list(filter(is_wanted, items))
-    worker: Any = SimpleNamespace(is_first=True, device=None, must_stop=lambda: bool(signals), stop=stop, **nothing)
+    nothing |= {"is_first": True, "world_size": 1, "device": None}
+    worker: Any = SimpleNamespace(must_stop=lambda: bool(signals), stop=stop, **nothing)
     models = {"original": tmp_path, "pruned": tmp_path}
     spec = {"config": config_for(tmp_path), "models": models, "results": tmp_path, "original": tmp_path}
     with pytest.raises(Preempted):

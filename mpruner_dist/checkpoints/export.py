@@ -45,8 +45,16 @@ class Exported:
     """Parameters that must not move and were found equal to the file's, byte by byte; bases of adapters too."""
 
 
-def match_names(model: torch.nn.Module, checkpoint: CheckpointFolder, base: str) -> dict[str, torch.nn.Parameter]:
-    """The parameter of every tensor in the checkpoint, whose names may leave out the model's own (`base`).
+def match_names(
+    model: torch.nn.Module, checkpoint: CheckpointFolder, base: str, renamed: dict[str, str] | None = None
+) -> dict[str, torch.nn.Parameter]:
+    """The parameter of every tensor in the checkpoint.
+
+    Args:
+        model: in memory.
+        checkpoint: that it was loaded from.
+        base: the model's own name, which names in the checkpoint may leave out.
+        renamed: other names that tensors have in memory.
 
     Raises:
         StageFailure: a tensor that is no parameter of the model under its name.
@@ -54,7 +62,8 @@ def match_names(model: torch.nn.Module, checkpoint: CheckpointFolder, base: str)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     matched = {}
     for name, info in checkpoint.tensors.items():
-        parameter = parameters.get(name, parameters.get(f"{base}.{name}"))
+        known = (name, f"{base}.{name}", (renamed or {}).get(name, name))
+        parameter = next((parameters[some] for some in known if some in parameters), None)
         if parameter is None or info.dtype not in TORCH_DTYPES:
             raise StageFailure(
                 f"{checkpoint.path}: tensor {name} ({info.dtype}) is no parameter of the model in memory, so that its "

@@ -5,6 +5,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from mpruner_dist.config.base import Dtype, Section
+from mpruner_dist.config.task import TaskName
 
 
 class ModelConfig(Section):
@@ -13,6 +14,8 @@ class ModelConfig(Section):
     path: str
     """A Hugging Face folder of safetensors files, or a hub id."""
     revision: str | None = None
+    task: TaskName = "causal-lm"
+    """What it is for, which says how data are read, what is minimised and how quality is measured."""
     dtype: Dtype = "float32"
     """Number type of the weights in collection, evaluation and retraining."""
     trust_remote_code: bool = False
@@ -22,12 +25,16 @@ class SourceConfig(Section):
     """One part of the text."""
 
     path: str
-    """A file or folder of .txt, .jsonl, .json or .parquet files, or a `datasets` id."""
+    """A file or folder of .txt, .jsonl, .json, .csv or .parquet, a saved `datasets` folder, or a `datasets` id; of
+    images also a folder with a folder of files for each class, or of IDX files such as Fashion-MNIST's."""
     name: str | None = None
     """Configuration of the `datasets` id, such as wikitext-103-raw-v1."""
     split: str = "train"
-    """Split of a `datasets` id. Files have one split, called train."""
+    """Split of a `datasets` id, or train or test of IDX files. Other files have one split, called train."""
     text_field: str = "text"
+    label_field: str = "label"
+    """Of classification: the class of a record, by the name or the number that it has in the model's config.json."""
+    image_field: str = "image"
     take: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
     """Share of the records, in their order: [0.2, 0.8] takes those from 20 % to 80 %."""
 
@@ -50,9 +57,9 @@ class DataConfig(Section):
     """The four parts of the text. They must not overlap: what is fitted to must not be tested on."""
 
     block_size: Annotated[int, Field(ge=8)] = 512
-    """Tokens in a sequence."""
+    """Tokens in a sequence; of text-classification, at most so many, and longer texts are cut."""
     pack: bool = True
-    """True joins records into full blocks; false gives each record a block of its own, padded."""
+    """Of causal-lm: true joins records into full blocks; false gives each record a block of its own, padded."""
     calibration: SourceConfig
     train: SourceConfig | None = None
     validation: SourceConfig | None = None

@@ -12,6 +12,7 @@ from mpruner_dist.config.data import DataConfig, ModelConfig
 from mpruner_dist.config.plan import CLUSTERED, JUDGED, PlanConfig
 from mpruner_dist.config.retrain import RetrainConfig
 from mpruner_dist.config.rounds import RoundsConfig
+from mpruner_dist.config.task import FACTS, UNITS
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -108,6 +109,21 @@ class Config(Section):
                 f"rounds go on to plan.keep_layers {self.plan.keep_layers}, and the {protected} layers of "
                 "plan.protect_first and plan.protect_last always stay: raise the one or lower the others"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _the_task_has_what_is_asked_for(self) -> Self:
+        task, metrics = self.model.task, FACTS[self.model.task].metrics
+        units = UNITS[FACTS[task].reads]
+        if self.collect.unit not in units:
+            unit = self.collect.unit
+            raise ValueError(f"collect.unit {unit} is not measured with model.task {task}: set {' or '.join(units)}")
+        by_harness = self.rounds is not None and self.rounds.metric == "task" and task == "causal-lm"
+        if self.rounds is not None and self.rounds.metric not in metrics and not by_harness:
+            raise ValueError(f"rounds.metric {self.rounds.metric} is none of model.task {task}: {', '.join(metrics)}")
+        words = self.retrain and self.retrain.distillation and self.retrain.distillation.top_k
+        if words and task != "causal-lm":
+            raise ValueError(f"retrain.distillation.top_k is of words, and model.task {task} has classes: leave it out")
         return self
 
     @model_validator(mode="after")

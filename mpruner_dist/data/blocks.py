@@ -3,16 +3,10 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import safe_open
-from safetensors.numpy import save
-
-from mpruner_dist.errors import UserError
-from mpruner_dist.runs.commit import write_bytes
 
 Ints = npt.NDArray[np.int32]
 TOKENIZE_AT_ONCE = 256  # records handed to the tokenizer together
@@ -37,6 +31,10 @@ class Blocks:
         """Attention mask [blocks, tokens]: 1 for text, 0 for padding."""
         return (np.arange(self.ids.shape[1]) < self.lengths[:, None]).astype(np.int64)
 
+    def tensors(self) -> dict[str, Ints]:
+        """What is written to disk."""
+        return {"input_ids": self.ids, "lengths": self.lengths}
+
 
 def make_blocks(
     records: Iterable[str],
@@ -56,12 +54,16 @@ def make_blocks(
         made = islice(_packed(lists, block_size), limit)
     else:
         made = islice((tokens[:block_size] for tokens in lists if len(tokens) >= 2), limit)
-    rows = list(made)
+    return Blocks(*padded(list(made), block_size, tokenizer))
+
+
+def padded(rows: list[list[int]], width: int, tokenizer: Any) -> tuple[Ints, Ints]:
+    """Token ids [rows, width], padded on the right, and the length of each row."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    ids = np.full((len(rows), block_size), pad, np.int32)
+    ids = np.full((len(rows), width), pad, np.int32)
     for row, tokens in zip(ids, rows, strict=True):
         row[: len(tokens)] = tokens
-    return Blocks(ids, np.array([len(tokens) for tokens in rows], np.int32))
+    return ids, np.array([len(tokens) for tokens in rows], np.int32)
 
 
 def _token_lists(records: Iterable[str], tokenizer: Any, separator: str | None) -> Iterator[list[int]]:
@@ -80,24 +82,6 @@ def _packed(lists: Iterable[list[int]], block_size: int) -> Iterator[list[int]]:
         while len(buffer) >= block_size:
             yield buffer[:block_size]
             buffer = buffer[block_size:]
-
-
-def save_blocks(path: Path, blocks: Blocks) -> None:
-    """Write blocks whole or not at all."""
-    write_bytes(path, save({"input_ids": blocks.ids, "lengths": blocks.lengths}))
-
-
-def load_blocks(path: Path) -> Blocks:
-    """Read blocks that `save_blocks` wrote.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
-    try:
-        with safe_open(path, "numpy") as file:
-            return Blocks(file.get_tensor("input_ids"), file.get_tensor("lengths"))
-    except Exception as error:
-        raise UserError(f"cannot read the token blocks {path}: {error}") from error
 
 
 def batch_rows(batch: int, batch_size: int, num_blocks: int) -> range:

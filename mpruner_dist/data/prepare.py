@@ -1,17 +1,15 @@
-"""The stage `data`: the four parts of the text as token blocks in the run folder."""
+"""The stage `data`: the four parts of the data in the run folder, as the workers read them."""
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
-
-import transformers
+from typing import Any, TypeVar
 
 from mpruner_dist.config import Config, SourceConfig
-from mpruner_dist.data.blocks import Blocks, make_blocks, save_blocks
 from mpruner_dist.data.needed import blocks_needed
-from mpruner_dist.data.sources import open_source
+from mpruner_dist.data.parts import save_part
+from mpruner_dist.data.readers import Reader, make_reader
 from mpruner_dist.errors import UserError
 from mpruner_dist.logs import ProgressWriter
 from mpruner_dist.runs.commit import write_json
@@ -19,71 +17,73 @@ from mpruner_dist.runs.digest import file_digest
 
 log = logging.getLogger(__name__)
 
+R = TypeVar("R")
+
+
+class Watcher:
+    """Tells a file how many records of a part have gone by, and keeps their digests."""
+
+    def __init__(self, part: str, progress: Path) -> None:
+        self.part, self.progress = part, progress
+        self.seen: set[bytes] = set()
+
+    def __call__(self, records: Iterable[R], number: int, content: Callable[[R], str]) -> Iterator[R]:
+        """The same records."""
+        writer = ProgressWriter(self.progress, f"data {self.part}", "records", number)
+        for index, record in enumerate(records, 1):
+            writer.tell(index)
+            self.seen.add(hashlib.sha256(content(record).strip().encode()).digest()[:16])
+            yield record
+
 
 def make_part(
-    config: Config, part: str, source: SourceConfig, tokenizer: Any, progress: Path
-) -> tuple[Blocks, set[bytes]]:
-    """Blocks of one part, and the digests of the records they come from; tells its progress to a file.
+    config: Config, part: str, source: SourceConfig, reader: Reader, progress: Path
+) -> tuple[Any, set[bytes]]:
+    """One part, and the digests of the records it comes from; tells its progress to a file.
 
     Raises:
-        UserError: less text than one block, or than calibration needs.
+        UserError: less than one sequence, or than calibration needs.
     """
-    seen: set[bytes] = set()
-    records, number, separator = open_source(source)
-    writer = ProgressWriter(progress, f"data {part}", "records", number)
+    watcher = Watcher(part, progress)
     limit = blocks_needed(config)[part]
-    blocks = make_blocks(
-        _remembered(records, seen, writer), tokenizer, config.data.block_size, config.data.pack, separator, limit
-    )
+    made = reader.read(source, limit, watcher)
     least = limit if part == "calibration" and limit is not None else 1
-    if len(blocks) < least:
+    if len(made) < least:
         raise UserError(
-            f"data.{part}: {source.path} with take {list(source.take)} gives {len(blocks)} blocks of "
-            f"{config.data.block_size} tokens, {least} needed: give more text, a smaller data.block_size"
+            f"data.{part}: {source.path} with take {list(source.take)} gives {len(made)} {reader.unit}, "
+            f"{least} needed: give more data"
+            + (", a smaller data.block_size" if config.model.task == "causal-lm" else "")
             + (", or fewer collect.num_batches" if part == "calibration" else "")
         )
-    return blocks, seen
+    return made, watcher.seen
 
 
 def prepare_data(config: Config, model_folder: Path, target: Path, progress: Path) -> None:
     """Write `PART.safetensors` for every part, and `data.json` with counts and digests.
 
     Raises:
-        UserError: no tokenizer, or text that cannot be used.
+        UserError: no tokenizer, or data that cannot be used.
     """
-    tokenizer = load_tokenizer(model_folder, config.model.trust_remote_code)
-    summary: dict[str, Any] = {"block_size": config.data.block_size, "packed": config.data.pack, "parts": {}}
+    reader = make_reader(config, model_folder)
+    packed = config.data.pack and config.model.task == "causal-lm"
+    summary: dict[str, Any] = {"block_size": config.data.block_size, "packed": packed, "parts": {}}
     records: dict[str, set[bytes]] = {}
     for part, source in config.data.parts().items():
-        blocks, records[part] = make_part(config, part, source, tokenizer, progress)
+        made, records[part] = make_part(config, part, source, reader, progress)
         path = target / f"{part}.safetensors"
-        save_blocks(path, blocks)
-        tokens = int(blocks.lengths.sum())
+        save_part(path, made)
         shared = {other: len(records[part] & records[other]) for other in records if other != part}
         for other, count in shared.items():
             if count:
                 log.warning("%d records of data.%s also stand in data.%s", count, part, other)
+        facts = reader.facts(made)
+        for name, count in facts.get("labels", {}).items():
+            if not count:
+                log.warning("data.%s has nothing of the class %r: are the records sorted by class?", part, name)
         summary["parts"][part] = {
-            "blocks": len(blocks), "tokens": tokens, "digest": file_digest(path), "records_also_in": shared
+            "blocks": len(made), **facts, "digest": file_digest(path), "records_also_in": shared
         }  # fmt: skip
-        log.info("  %s: %d blocks, %d tokens", part, len(blocks), tokens)
+        log.info(
+            "  %s: %d %s%s", part, len(made), reader.unit, f", {facts['tokens']} tokens" if "tokens" in facts else ""
+        )
     write_json(target / "data.json", summary)
-
-
-def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    """The tokenizer that lies in a model's folder.
-
-    Raises:
-        UserError: there is none that transformers can load.
-    """
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{folder} holds no tokenizer that transformers can load: {error}") from error
-
-
-def _remembered(records: Iterable[str], seen: set[bytes], writer: ProgressWriter) -> Iterator[str]:
-    for number, text in enumerate(records, 1):
-        writer.tell(number)
-        seen.add(hashlib.sha256(text.strip().encode()).digest()[:16])
-        yield text

@@ -2,15 +2,21 @@
 
 import logging
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 
 from mpruner_dist.config import SourceConfig
+from mpruner_dist.data.images import Bytes, idx_records
+from mpruner_dist.data.labelled import label_number
 from mpruner_dist.errors import UserError
 
-FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
 def open_source(source: SourceConfig) -> tuple[Iterator[str], int, str | None]:
@@ -22,24 +28,83 @@ def open_source(source: SourceConfig) -> tuple[Iterator[str], int, str | None]:
     Raises:
         UserError: nothing there, an unknown format, no such field.
     """
+    table, rows, separator = _open(source, "text_field")
+    texts = (table[row][source.text_field] for row in rows)
+    return (text for text in texts if _is_text(text)), len(rows), separator
+
+
+def open_labelled(source: SourceConfig, labels: list[str]) -> tuple[Iterator[tuple[str, int]], int]:
+    """The texts that a source takes, each with the number of its class, and how many they are.
+
+    A label is a name or a number. Where the source names its numbers and the model its classes, the names count.
+
+    Args:
+        source: where they are.
+        labels: the model's classes, by number.
+
+    Raises:
+        UserError: nothing there, an unknown format, no such field; while it is read, a class that the model has not.
+    """
+    table, rows, _ = _open(source, "text_field", "label_field")
+    records = _labelled(table, rows, source, source.text_field, labels)
+    return ((text, label) for text, label in records if _is_text(text)), len(rows)
+
+
+def open_images(source: SourceConfig, labels: list[str]) -> tuple[Iterator[tuple[Bytes, int]], int]:
+    """The images that a source takes, [height, width] or [height, width, channels], each with the number of its class.
+
+    Args and errors are those of `open_labelled`.
+    """
+    path = Path(source.path).expanduser()
+    found = idx_records(path, source.split, source.take) if path.is_dir() else None
+    if found is not None:
+        records, number = found
+        where = f"a label of {source.path}"
+        return ((pixels, label_number(label, labels, where)) for pixels, label in records), number
+    table, rows, _ = _open(source, "image_field", "label_field")
+    if not isinstance(table.features[source.image_field], datasets.Image):
+        raise UserError(f"{source.image_field} of {source.path} holds no images: set image_field, or save it as Image")
+    if find_spec("PIL") is None:
+        raise UserError("images in files need Pillow: pip install 'mpruner-dist[vision]'")
+    decoded = _labelled(table, rows, source, source.image_field, labels)
+    return ((_pixels(image), label) for image, label in decoded), len(rows)
+
+
+def _pixels(image: Any) -> Bytes:
+    """Of a Pillow image; palettes and the like become colours."""
+    return np.asarray(image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB"))
+
+
+def _labelled(
+    table: Any, rows: range, source: SourceConfig, field: str, labels: list[str]
+) -> Iterator[tuple[Any, int]]:
+    names = getattr(table.features[source.label_field], "names", None)  # of a ClassLabel
+    if labels[0] == "LABEL_0":  # the model names none
+        names = None
+    for row in rows:
+        record = table[row]
+        label = record[source.label_field]
+        if names and isinstance(label, int) and 0 <= label < len(names):
+            label = names[label]
+        yield record[field], label_number(label, labels, f"{source.label_field} of record {row} of {source.path}")
+
+
+def _open(source: SourceConfig, *keys: str) -> tuple[Any, range, str | None]:
+    """The table, the rows that are taken, and what goes between two texts; it must have the fields that `keys` name."""
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     logging.getLogger("datasets").setLevel(logging.ERROR)
     table, separator = _load(source)
-    if source.text_field not in table.column_names:
-        raise UserError(
-            f"{source.path} has no field {source.text_field!r}: set text_field to one of "
-            + ", ".join(table.column_names)
-        )
-    first, last = (round(len(table) * share) for share in source.take)
-    return _texts(table, source.text_field, first, last), last - first, separator
+    for key in keys:
+        if (field := getattr(source, key)) not in table.column_names:
+            raise UserError(
+                f"{source.path} has no field {field!r}: set {key} to one of " + ", ".join(table.column_names)
+            )
+    return table, range(*(round(len(table) * share) for share in source.take)), separator
 
 
-def _texts(table: Any, field: str, first: int, last: int) -> Iterator[str]:
-    for row in range(first, last):
-        text = table[row][field]
-        if isinstance(text, str) and text.strip():
-            yield text
+def _is_text(text: Any) -> bool:
+    return isinstance(text, str) and bool(text.strip())
 
 
 def _load(source: SourceConfig) -> tuple[Any, str | None]:
@@ -52,6 +117,8 @@ def _load(source: SourceConfig) -> tuple[Any, str | None]:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             saved = datasets.load_from_disk(str(path))
             return (saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved), None
+        if path.is_dir() and any(file.suffix.lower() in IMAGES for file in path.rglob("*")):
+            return datasets.load_dataset("imagefolder", data_dir=str(path), split=source.split), None
         files, kind = _files(path)
         options = {"sample_by": "paragraph"} if kind == "text" else {}
         table = datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,18 @@ from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.cluster.engine import start_deepspeed
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config
-from mpruner_dist.data.blocks import load_blocks, num_batches
+from mpruner_dist.data.blocks import num_batches
+from mpruner_dist.data.parts import load_part
 from mpruner_dist.evaluation.tasks import run_task
 from mpruner_dist.models.blocks import num_layers
 from mpruner_dist.models.engines import forward_settings, inference_engine
-from mpruner_dist.models.scoring import score_text
+from mpruner_dist.models.scoring import score_part
 from mpruner_dist.runs.commit import write_json
+from mpruner_dist.tasks import task_of
 
 
 def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
-    """Score each model on a text and write `LABEL.json`; one that stands from an earlier attempt is kept.
+    """Score each model on a part of the data and write `LABEL.json`; one that stands from an earlier attempt is kept.
 
     spec: config (Config), models (dict of label -> Path), original (Path), blocks (Path), results (Path), deepspeed
     (dict).
@@ -42,12 +43,12 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
     start_deepspeed(worker.device)
     # one shape for all models, that of the largest, so that their speeds can be compared
     settings = forward_settings(worker, spec["deepspeed"], config, Path(spec["original"]))
-    blocks = load_blocks(spec["blocks"])
+    part, task = load_part(spec["blocks"]), task_of(config.model)
     for label in todo:
         folder = Path(spec["models"][label])
         engine = inference_engine(settings, folder, config.model, worker.log)
-        worker.begin_progress(f"evaluate {label}", "batches", num_batches(len(blocks), config.evaluate.batch_size))
-        score = score_text(worker, engine, blocks, config.evaluate.batch_size, tell)
+        worker.begin_progress(f"evaluate {label}", "batches", num_batches(len(part), config.evaluate.batch_size))
+        score = score_part(worker, engine, task, part, config.evaluate.batch_size, tell)
         of_task: dict[str, Any] = {}
         if config.rounds is not None and config.rounds.task is not None:
             worker.log(f"task {config.rounds.task.name}")
@@ -60,11 +61,10 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
                 "layers": num_layers(engine.module.config),
                 "parameters": checkpoint.num_parameters,
                 "bytes": checkpoint.num_bytes,
-                "loss": score.nll,
-                "perplexity": math.exp(min(score.nll, 700.0)),  # e^700 still is a float64
-                "accuracy": score.accuracy,
-                "tokens": score.tokens,
-                "tokens_per_second": blocks.lengths.sum().item() / score.seconds,
+                "loss": score.loss,
+                **score.quality,
+                f"{task.facts.unit}s": score.predictions,
+                f"{task.facts.unit}s_per_second": task.size(part) / score.seconds,
                 "workers": worker.world_size,  # as many as there was room for
                 **of_task,
             })  # fmt: skip

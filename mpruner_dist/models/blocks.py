@@ -19,8 +19,8 @@ def num_layers(config: Any) -> int:
     number = getattr(config, "num_hidden_layers", None)
     if not isinstance(number, int):
         raise UserError(
-            f"a model of type {config.model_type!r} has no single stack of num_hidden_layers blocks: only decoders "
-            "(causal language models) are supported"
+            f"a model of type {config.model_type!r} has no single stack of num_hidden_layers blocks: runs prune "
+            "decoders and encoders; `mpruner rewrite` takes layers out of any other"
         )
     return number
 

@@ -14,6 +14,7 @@ from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config, ModelConfig
 from mpruner_dist.models.loading import load_model
 from mpruner_dist.models.streaming import CannotStream, stream_model
+from mpruner_dist.tasks import task_of
 
 
 def forward_settings(worker: Worker, given: Settings, config: Config, folder: Path) -> Settings:
@@ -47,7 +48,8 @@ def load_for(
     Raises:
         UserError: the folder's tensors are not those of the model.
     """
-    options: dict[str, Any] = {"head": head, "trust_remote_code": config.trust_remote_code}
+    kind = task_of(config).facts.auto_class
+    options: dict[str, Any] = {"kind": kind, "head": head, "trust_remote_code": config.trust_remote_code}
     if zero_stage(settings) != 3:
         return load_model(folder, config.dtype, **options)
     try:

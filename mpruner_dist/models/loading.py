@@ -81,6 +81,7 @@ def load_model(
     folder: Path,
     dtype: str,
     *,
+    kind: str = "AutoModelForCausalLM",
     head: bool = True,
     trust_remote_code: bool = False,
     partition: dict[str, Any] | None = None,
@@ -90,28 +91,32 @@ def load_model(
     Args:
         folder: a Hugging Face folder.
         dtype: number type of the weights, or "auto" for the checkpoint's own.
-        head: False leaves the projection to the vocabulary out.
+        kind: name of the class of transformers that the task asks for.
+        head: False leaves what the task adds to the plain model out, such as the projection to the vocabulary.
         trust_remote_code: run code that lies in the folder.
         partition: a DeepSpeed configuration of ZeRO stage 3: each worker gets its slice of every weight.
 
     Raises:
         UserError: a tensor is missing or has the wrong shape; transformers would take random numbers for it.
     """
-    kind = transformers.AutoModelForCausalLM
-    problems = key_problems(folder, trust_remote_code, unexpected=False, kind=kind)
+    whole = getattr(transformers, kind)
+    problems = key_problems(folder, trust_remote_code, unexpected=False, kind=whole)
     if problems:
-        raise UserError(f"{folder} does not fit its configuration: {'; '.join(problems[:3])}; fetch it again")
-    kind = kind if head else transformers.AutoModel
+        raise UserError(
+            f"{folder} does not fit its configuration: {'; '.join(problems[:3])}; fetch it again, or set model.task to "
+            f"what it was trained for ({kind} was asked for)"
+        )
+    auto = whole if head else transformers.AutoModel
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if partition is None:
-        model = kind.from_pretrained(folder, **options)
+        model = auto.from_pretrained(folder, **options)
     else:
         # imported here: it imports DeepSpeed, which takes seconds and looks for accelerators
         from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
         keep_alive = HfDeepSpeedConfig(partition)  # transformers only refers to it weakly
         try:
-            model = kind.from_pretrained(folder, **options)
+            model = auto.from_pretrained(folder, **options)
         finally:
             del keep_alive
             unset_hf_deepspeed_config()

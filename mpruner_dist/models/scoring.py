@@ -1,7 +1,4 @@
-"""How well a language model predicts text: summed over all tokens on all workers, then divided once.
-
-Shape suffixes: B sequences, T tokens, V words of the vocabulary.
-"""
+"""How well a model does its task: summed over all predictions on all workers, then divided once."""
 
 import time
 from collections.abc import Callable
@@ -12,94 +9,61 @@ import torch
 from torch import Tensor
 
 from mpruner_dist.cluster.worker import Worker
-from mpruner_dist.data.blocks import Blocks, batch_rows, num_batches, share_of_batches
+from mpruner_dist.data.blocks import batch_rows, num_batches, share_of_batches
+from mpruner_dist.data.parts import Part
 from mpruner_dist.errors import Fruitless
-
-IGNORED = -100
-"""In the place of a token that nothing must predict."""
+from mpruner_dist.tasks import Batch, Task
 
 
 @dataclass(frozen=True)
-class TextScore:
-    """What a text scores: means over its tokens."""
+class Score:
+    """What a model scores on a part of the data."""
 
-    nll: float
-    """Negative log-likelihood, nats a token."""
-    accuracy: float
-    """Share of the tokens that were the likeliest."""
-    tokens: int
+    loss: float
+    """Negative log-likelihood, nats a prediction."""
+    quality: dict[str, float]
+    """By the task's metrics."""
+    predictions: int
     seconds: float
     """Of the slowest worker."""
 
 
-def model_inputs(blocks: Blocks, device: torch.device) -> dict[str, Any]:
-    """Keyword arguments of a decoder's forward for these blocks: ids and mask [B, T], int64."""
-    return {
-        "input_ids": torch.from_numpy(blocks.ids).long().to(device),
-        "attention_mask": torch.from_numpy(blocks.mask()).to(device),
-        "use_cache": False,
-    }
-
-
-def next_token_nll(logits_BTV: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """Summed negative log-likelihood, float32, of every token after the first that is no padding; nothing waits for it.
-
-    The last position is not cut off: of the logits that would be a copy, and another on the way back.
-    """
-    return torch.nn.functional.cross_entropy(
-        logits_BTV.flatten(0, 1).float(), _targets(inputs).flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-
-
-def token_nll(logits_BTV: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, int]:
-    """`next_token_nll`, and the number of these tokens."""
-    return next_token_nll(logits_BTV, inputs), int((_targets(inputs) != IGNORED).sum())
-
-
-def token_hits(logits_BTV: Tensor, inputs: dict[str, Any]) -> int:
-    """How many of the tokens that `token_nll` counts were the likeliest."""
-    return int((logits_BTV.argmax(-1) == _targets(inputs)).sum())
-
-
-def _targets(inputs: dict[str, Any]) -> Tensor:
-    """The token after each [B, T], IGNORED where that is padding or there is none."""
-    targets_BT: Tensor = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED)[:, 1:]
-    return torch.nn.functional.pad(targets_BT, (0, 1), value=IGNORED)
-
-
-def score_text(
-    worker: Worker, engine: Any, blocks: Blocks, batch_size: int, tell: Callable[[int], None] = lambda _: None
-) -> TextScore:
-    """Score blocks on all workers; the same on every worker. `tell` hears how many batches are done.
+def score_part(
+    worker: Worker,
+    engine: Any,
+    task: Task[Any],
+    part: Part,
+    batch_size: int,
+    tell: Callable[[int], None] = lambda _: None,
+) -> Score:
+    """Score a part on all workers; the same on every worker. `tell` hears how many batches are done.
 
     Raises:
         Fruitless: the likelihood is not finite.
     """
-    batches = num_batches(len(blocks), batch_size)
+    batches = num_batches(len(part), batch_size)
     mine, turns = share_of_batches(list(range(batches)), worker.rank, worker.world_size)
-    sums = torch.zeros(3, dtype=torch.float64, device=worker.device)
-    forward(worker, engine, blocks.rows([0]))  # warm-up, outside the time
+    sums = torch.zeros_like(task.tally(*forward(worker, engine, task, part.rows([0]))))  # a warm-up, outside the time
     worker.barrier()
     begun = time.monotonic()
     for turn in range(turns):
         counted = turn < len(mine)  # else a turn taken only because ZeRO stage 3 needs everyone
-        rows = blocks.rows(batch_rows(mine[turn] if counted else 0, batch_size, len(blocks)))
-        logits, inputs = forward(worker, engine, rows)
-        nll, tokens = token_nll(logits, inputs)
+        rows = part.rows(batch_rows(mine[turn] if counted else 0, batch_size, len(part)))
+        tally = task.tally(*forward(worker, engine, task, rows))
         if counted:
-            score = [float(nll), float(tokens), float(token_hits(logits, inputs))]
-            sums += torch.tensor(score, dtype=torch.float64, device=worker.device)
+            sums += tally
         tell(min((turn + 1) * worker.world_size, batches))
     worker.barrier()
     seconds = time.monotonic() - begun
-    nll_sum, token_sum, hits = worker.sum_over_workers(sums).tolist()
-    if not nll_sum < float("inf"):
-        raise Fruitless("the model's loss on the text is not finite: try model.dtype float32 or bfloat16")
-    return TextScore(nll_sum / token_sum, hits / token_sum, int(token_sum), seconds)
+    total = worker.sum_over_workers(sums).tolist()
+    nll, predictions = total[:2]
+    if not nll < float("inf"):
+        raise Fruitless("the model's loss is not finite: try model.dtype float32 or bfloat16")
+    return Score(nll / predictions, task.quality(total), int(predictions), seconds)
 
 
-def forward(worker: Worker, engine: Any, blocks: Blocks) -> tuple[Tensor, dict[str, Any]]:
-    """Logits [B, T, V] of these blocks, on this worker, and the inputs that they follow from."""
-    inputs = model_inputs(blocks, worker.device)
+def forward(worker: Worker, engine: Any, task: Task[Any], part: Part) -> tuple[Tensor, Batch]:
+    """Logits of these sequences or images, on this worker, and the batch that they follow from."""
+    batch = task.batch(part, worker.device)
     with torch.no_grad():
-        return engine(**inputs).logits, inputs
+        return engine(**batch.inputs).logits, batch

@@ -22,14 +22,17 @@ class CannotStream(Exception):
     """Why a checkpoint has to be loaded by transformers itself."""
 
 
-def stream_model(folder: Path, dtype: str, settings: Settings, *, head: bool, trust_remote_code: bool) -> Any:
+def stream_model(
+    folder: Path, dtype: str, settings: Settings, *, kind: str, head: bool, trust_remote_code: bool
+) -> Any:
     """The model in eval mode, its parameters partitioned as DeepSpeed does under ZeRO stage 3.
 
     Args:
         folder: a Hugging Face folder.
         dtype: number type of the weights.
         settings: a DeepSpeed configuration of stage 3.
-        head: False leaves the projection to the vocabulary out.
+        kind: name of the class of transformers that the task asks for.
+        head: False leaves what the task adds to the plain model out.
         trust_remote_code: run code that lies in the folder.
 
     Raises:
@@ -39,7 +42,7 @@ def stream_model(folder: Path, dtype: str, settings: Settings, *, head: bool, tr
     if feature:
         raise CannotStream(f"{feature} is set")
     checkpoint = read_checkpoint(folder)
-    model = _without_weights(folder, dtype, head, trust_remote_code)
+    model = _without_weights(folder, dtype, kind if head else "AutoModel", trust_remote_code)
     _require_plain(model, dtype)
     tensors = _names_in_model(model, checkpoint)
     sources = _sources(model, tensors)
@@ -54,12 +57,11 @@ def stream_model(folder: Path, dtype: str, settings: Settings, *, head: bool, tr
     return model.eval()
 
 
-def _without_weights(folder: Path, dtype: str, head: bool, trust_remote_code: bool) -> Any:
+def _without_weights(folder: Path, dtype: str, kind: str, trust_remote_code: bool) -> Any:
     """Parameters on the meta device; buffers real, for some are computed and lie in no file."""
-    kind = transformers.AutoModelForCausalLM if head else transformers.AutoModel
-    config = read_config(folder, trust_remote_code)
+    auto, config = getattr(transformers, kind), read_config(folder, trust_remote_code)
     with init_empty_weights(include_buffers=False):
-        model = kind.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+        model = auto.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
     model.tie_weights()  # inside, every name was given a parameter of its own
     return model
 

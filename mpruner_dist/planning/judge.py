@@ -15,13 +15,15 @@ from mpruner_dist.cluster.engine import start_deepspeed
 from mpruner_dist.cluster.settings import zero_stage
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config
-from mpruner_dist.data.blocks import Blocks, load_blocks, num_batches, share_of_batches
+from mpruner_dist.data.blocks import num_batches, share_of_batches
+from mpruner_dist.data.parts import Part, load_part
 from mpruner_dist.models.blocks import plain_blocks, skipped
 from mpruner_dist.models.engines import forward_settings, inference_engine
-from mpruner_dist.models.scoring import forward, token_nll
+from mpruner_dist.models.scoring import forward
 from mpruner_dist.models.stacks import only_blocks
 from mpruner_dist.planning.losses import Kept, Losses
 from mpruner_dist.runs.commit import write_json
+from mpruner_dist.tasks import Batch, summed_nll, task_of
 
 Rows = tuple[int, int, int]
 """Blocks of a batch: the first, the end, and from one to the next."""
@@ -57,11 +59,12 @@ class WorkersJudge:
         self.saved = read_losses(file) if worker.is_first else {}
         start_deepspeed(worker.device)
         settings = forward_settings(worker, spec["deepspeed"], config, Path(spec["model"]))
-        self.blocks: Blocks = load_blocks(spec["blocks"])
+        self.task = task_of(config.model)
+        self.part: Part = load_part(spec["blocks"])
         self.engine = inference_engine(settings, Path(spec["model"]), config.model, worker.log)
         self.stack = only_blocks(self.engine.module)
         self.divided = zero_stage(settings) == 3
-        self.plain = plain_blocks(self.stack, lambda: forward(worker, self.engine, self.blocks.rows([0])))
+        self.plain = plain_blocks(self.stack, lambda: self._logits(range(1)))
         self.told, self.expected = 0.0, round(spec["passes"])
 
     def losses(self, first: int, end: int) -> Losses:
@@ -71,16 +74,15 @@ class WorkersJudge:
         """
         batches = num_batches(end - first, self.config.evaluate.batch_size)
         rows = [(begin, end, batches) for begin in range(first, first + batches)]
-        # the first token of a block is not predicted
-        tokens = [int((self.blocks.lengths[begin:stop:step] - 1).sum()) for begin, stop, step in rows]
+        predictions = [int(self.task.predictions(self.part.rows(range(*batch))).sum()) for batch in rows]
 
         def judge(pairs: list[tuple[Kept, int]]) -> list[float]:
             found = self.measure([(kept, rows[batch]) for kept, batch in pairs])
-            self.told += sum(tokens[batch] for _, batch in pairs) / sum(tokens)
+            self.told += sum(predictions[batch] for _, batch in pairs) / sum(predictions)
             self.worker.tell(min(round(self.told), self.expected))
             return found
 
-        return Losses(judge, tokens, len(self.stack))
+        return Losses(judge, predictions, len(self.stack))
 
     def measure(self, pairs: list[tuple[Kept, Rows]]) -> list[float]:
         """Summed negative log-likelihoods; the same on every worker. Each pair is computed by one of them alone."""
@@ -124,8 +126,11 @@ class WorkersJudge:
     def _forward(self, kept: Kept, rows: Rows) -> float:
         out = [layer for layer in range(len(self.stack)) if layer not in kept]
         with skipped(self.stack, out, self.plain):
-            nll, _ = token_nll(*forward(self.worker, self.engine, self.blocks.rows(range(*rows))))
-        return float(nll)
+            logits, batch = self._logits(range(*rows))
+        return float(summed_nll(logits, batch.targets))
+
+    def _logits(self, rows: range) -> tuple[torch.Tensor, Batch]:
+        return forward(self.worker, self.engine, self.task, self.part.rows(rows))
 
 
 def append_losses(file: Path, pairs: Sequence[tuple[Kept, Rows]], found: list[float]) -> None:

@@ -13,9 +13,9 @@ COLUMNS = {
     "block_influence": "block influence",
     "angular_distance_of_the_window": "angular distance across all of them",
     "step": "step",
-    "loss_before": "loss before, nats a token",
+    "loss_before": "loss before, nats",
     "loss_after": "loss after",
-    "cost": "rise of the loss by its removal, nats a token",
+    "cost": "rise of the loss by its removal, nats",
 }
 """Headings of what a plan's reasons may say beside the CKA."""
 
@@ -47,8 +47,8 @@ OTHERS = {
 }
 
 
-def choice(config: PlanConfig, plan: Plan, rounds: RoundsConfig | None = None) -> list[str]:
-    """How the layers were chosen, in sentences."""
+def choice(config: PlanConfig, plan: Plan, rounds: RoundsConfig | None = None, unit: str = "token") -> list[str]:
+    """How the layers were chosen, in sentences; a loss on text was judged on so many of `unit`."""
     if config.method == "file":
         return [f"The layers were given: the plan is {config.file}."]
     if rounds is not None and config.method in CLUSTERS:
@@ -73,8 +73,9 @@ def choice(config: PlanConfig, plan: Plan, rounds: RoundsConfig | None = None) -
         )
     how = [f"Method {config.method}{budget}: {words}" if budget else f"Method {config.method}, {words}"]
     if plan.judged:
+        of = "tokens of validation text" if unit == "token" else f"validation {unit}s"
         how.append(
-            f"Judged on {plan.judged['tokens']:,} tokens of validation text in {plan.judged['passes']:.1f} forward "
+            f"Judged on {plan.judged['tokens']:,} {of} in {plan.judged['passes']:.1f} forward "
             f"passes over them: loss {plan.judged['loss_of_the_whole_model']:.4f} with all layers, "
             f"{plan.judged['loss']:.4f} without these, before any retraining."
         )

@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mpruner_dist.config import Config
 from mpruner_dist.config.plan import CLUSTERED
+from mpruner_dist.config.task import FACTS
 from mpruner_dist.plan import format_layers, read_plan
 from mpruner_dist.reporting.choice import choice, reasons
 from mpruner_dist.reporting.comparison import comparison_note, comparison_table, plans_figure
@@ -30,12 +31,14 @@ from mpruner_dist.reporting.similarity import (
     window_rows,
 )
 from mpruner_dist.reporting.table import (
-    HEADINGS,
     duration_text,
     evaluation_changes,
     evaluation_rows,
+    headings,
+    metric_text,
+    metrics_of,
     parameters_text,
-    perplexity_text,
+    unit_of,
 )
 from mpruner_dist.reporting.training import training
 from mpruner_dist.runs.commit import write_bytes, write_text
@@ -44,6 +47,12 @@ from mpruner_dist.runs.digest import file_digest
 log = logging.getLogger(__name__)
 
 PACKAGES = ("mpruner-dist", "torch", "deepspeed", "ray", "transformers", "safetensors", "datasets")
+CLASSES = " whose class was found, macro F1 the mean over the classes of the harmonic mean of precision and recall"
+METRIC_NOTES = {
+    "causal-lm": "Perplexity is that of the next token",
+    "text-classification": f"Accuracy is the share of the texts{CLASSES}",
+    "image-classification": f"Accuracy is the share of the images{CLASSES}",
+}
 CARD_MARKER = "<!-- mpruner-dist -->"
 Facts = dict[str, Any]
 
@@ -98,16 +107,18 @@ def _facts(run: Path, config: Config, stages: dict[str, dict[str, Any]]) -> Fact
         "rounds": _rounds(run, config),
         "summary": summary(evaluation, text),
         "text": text,
-        "headings": HEADINGS,
+        "headings": headings(evaluation),
+        "facts": FACTS[config.model.task],
+        "metric_note": METRIC_NOTES[config.model.task],
         "results": list(zip(evaluation_rows(evaluation), evaluation_changes(evaluation), strict=True)),
         "kept": format_layers(plan.kept).replace(",", ", "),
         "dropped": format_layers(plan.dropped).replace(",", ", "),
-        "choice": choice(config.plan, plan, config.rounds),
+        "choice": choice(config.plan, plan, config.rounds, unit_of(evaluation)),
         "reasons": reasons(plan, known_spread=similarity["stderr"] is not None),
         "comparison": comparison,
         "comparison_table": comparison_table(comparison) if comparison else None,
         "comparison_note": comparison_note(comparison) if comparison else "",
-        "measurement": measurement(similarity, config.collect, config.data.block_size),
+        "measurement": measurement(similarity, config.collect, data),
         "domination": domination(similarity),
         "layer_table": (LAYER_HEADINGS, layer_rows(similarity)),
         "window_table": (WINDOW_HEADINGS, window_rows(similarity)),
@@ -131,19 +142,20 @@ def _rounds(run: Path, config: Config) -> Facts | None:
 def summary(evaluation: dict[str, Any], text: str) -> str:
     """The result in one sentence, from the content of `evaluation.json` and what to call the text of the test."""
     original, pruned = evaluation["original"], evaluation.get("pruned")
+    metric, unit = metrics_of(evaluation)[0], unit_of(evaluation)
+    on = f"on {original[f'{unit}s']:,} {text} {unit}s."
     if pruned is None:
         return (
             f"Nothing was removed: {original['layers']} layers, {parameters_text(original['parameters'])} parameters, "
-            f"perplexity {perplexity_text(original['perplexity'])} on {original['tokens']:,} {text} tokens."
+            f"{metric} {metric_text(metric, original[metric])} {on}"
         )
-    share = evaluation_changes(evaluation)[list(evaluation).index("pruned")][HEADINGS.index("parameters")]
-    quality = f"{perplexity_text(original['perplexity'])} → {perplexity_text(pruned['perplexity'])} pruned"
+    share = evaluation_changes(evaluation)[list(evaluation).index("pruned")][headings(evaluation).index("parameters")]
+    quality = f"{metric_text(metric, original[metric])} → {metric_text(metric, pruned[metric])} pruned"
     if "retrained" in evaluation:
-        quality += f" → {perplexity_text(evaluation['retrained']['perplexity'])} retrained"
+        quality += f" → {metric_text(metric, evaluation['retrained'][metric])} retrained"
     return (
         f"{original['layers']} → {pruned['layers']} layers, {parameters_text(original['parameters'])} → "
-        f"{parameters_text(pruned['parameters'])} parameters ({share}), perplexity {quality} on "
-        f"{original['tokens']:,} {text} tokens."
+        f"{parameters_text(pruned['parameters'])} parameters ({share}), {metric} {quality} {on}"
     )
 
 

@@ -12,9 +12,13 @@ WINDOW_HEADINGS = ("layers in the window", "nearest to no change", "angular dist
 Similarity = dict[str, Any]
 
 
-def measurement(similarity: Similarity, collect: CollectConfig, block_size: int) -> list[str]:
+def measurement(similarity: Similarity, collect: CollectConfig, data: dict[str, Any]) -> list[str]:
     """How the similarity was measured, one line a fact."""
     unit, null = similarity["unit"], similarity["null"]
+    rows = f"sequences of {'' if data['packed'] else 'at most '}{data['block_size']} tokens"
+    skipped = f"positions left out at the start of each sequence: {collect.skip_tokens}; "
+    if unit == "image":
+        rows, skipped = "images", ""
     outliers = (
         f"{unit}s whose norm in any layer exceeds {collect.outlier_norm:g} times the median of that layer are left out"
         if collect.outlier_norm is not None
@@ -22,14 +26,14 @@ def measurement(similarity: Similarity, collect: CollectConfig, block_size: int)
     )
     scale = "is divided by its root mean square" if collect.normalize else "is taken as it is"
     return [
-        f"{similarity['num_batches']} batches of {collect.batch_size} sequences of {block_size} tokens from the "
+        f"{similarity['num_batches']} batches of {collect.batch_size} {rows} from the "
         f"calibration part; {similarity['num_samples']:,} {unit}s compared, at most {collect.samples} of a batch",
         *_saving(similarity, collect),
         f"estimator: linear CKA, {similarity['estimator']}",
         f"null: with the {unit}s of one layer shuffled, which makes the layers unrelated and leaves everything else as "
         f"it is, CKA is {null['mean']:.4f} on average and below {null['quantile']:.4f} in {null['level']:.0%} of the "
         f"pairs ({null['permutations']} permutations of each batch)",
-        f"positions left out at the start of each sequence: {collect.skip_tokens}; {outliers}",
+        f"{skipped}{outliers}",
         f"each activation vector {scale}",
         "standard error: jackknife over the batches"
         if similarity["stderr"]

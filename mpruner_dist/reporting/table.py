@@ -7,8 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-HEADINGS = ("", "layers", "parameters", "bytes", "perplexity", "tokens/s")
-_FIELDS = ("layers", "parameters", "bytes", "perplexity", "tokens_per_second")
+_RATE = "s_per_second"
 
 
 def parameters_text(count: int) -> str:
@@ -32,6 +31,39 @@ def change_text(value: float, original: float) -> str:
     return f"{(ratio - 1) * 100:+.1f} %" if ratio < 10 else f"{ratio:.3g}-fold"
 
 
+def metric_text(metric: str, value: float) -> str:
+    """A value of one of the tasks' metrics: a perplexity as a number, a share in percent."""
+    return perplexity_text(value) if metric == "perplexity" else f"{100 * value:.1f} %"
+
+
+def metric_change_text(metric: str, value: float, original: float) -> str:
+    """Its change: of a perplexity relative to the original's, of a share the difference in points."""
+    return change_text(value, original) if metric == "perplexity" else f"{100 * (value - original):+.1f} points"
+
+
+def metric_name(metric: str) -> str:
+    """A metric as it is written in text."""
+    return "macro F1" if metric == "macro_f1" else metric
+
+
+def unit_of(evaluation: dict[str, Any]) -> str:
+    """What the models' speed is counted in: token, text."""
+    names: list[str] = list(next(iter(evaluation.values())))
+    return next(name for name in names if name.endswith(_RATE)).removesuffix(_RATE)
+
+
+def metrics_of(evaluation: dict[str, Any]) -> tuple[str, ...]:
+    """The metrics of quality that are shown of `evaluation.json`."""
+    entry = next(iter(evaluation.values()))
+    return ("perplexity",) if "perplexity" in entry else tuple(m for m in ("accuracy", "macro_f1") if m in entry)
+
+
+def headings(evaluation: dict[str, Any]) -> tuple[str, ...]:
+    """What stands above the columns."""
+    names = [metric_name(metric) for metric in metrics_of(evaluation)]
+    return ("", "layers", "parameters", "bytes", *names, f"{unit_of(evaluation)}s/s")
+
+
 def duration_text(seconds: float) -> str:
     """A duration: `0.2 s`, `7 min 05 s`, `3 h 20 min`."""
     if seconds < 59.95:  # else it would be written as 60.0 s
@@ -41,34 +73,43 @@ def duration_text(seconds: float) -> str:
 
 
 def evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
-    """One row a model, as text, under HEADINGS."""
+    """One row a model, as text, under its headings."""
+    rate = f"{unit_of(evaluation)}{_RATE}"
     return [
         (
             label,
             str(entry["layers"]),
             parameters_text(entry["parameters"]),
             bytes_text(entry["bytes"]),
-            perplexity_text(entry["perplexity"]),
-            f"{entry['tokens_per_second']:.0f}",
+            *(metric_text(metric, entry[metric]) for metric in metrics_of(evaluation)),
+            f"{entry[rate]:.0f}",
         )
         for label, entry in evaluation.items()
     ]
 
 
 def evaluation_changes(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
-    """One row a model under HEADINGS: how far each number is from the original's; empty text in the original's row."""
-    original = evaluation["original"]
+    """One row a model under the headings: how far each number is from the original's; empty in the original's row."""
+    original, metrics = evaluation["original"], metrics_of(evaluation)
+    fields = ("layers", "parameters", "bytes", *metrics, f"{unit_of(evaluation)}{_RATE}")
+
+    def change(field: str, entry: dict[str, Any]) -> str:
+        if field in metrics:
+            return metric_change_text(field, entry[field], original[field])
+        return change_text(entry[field], original[field])
+
     return [
-        ("", *("" if label == "original" else change_text(entry[field], original[field]) for field in _FIELDS))
+        ("", *("" if label == "original" else change(field, entry) for field in fields))
         for label, entry in evaluation.items()
     ]
 
 
 def print_evaluation(path: Path) -> None:
     """Print `evaluation.json`."""
-    table = Table(*HEADINGS)
+    evaluation = json.loads(path.read_text())
+    table = Table(*headings(evaluation))
     for column in table.columns[1:]:
         column.justify = "right"
-    for row in evaluation_rows(json.loads(path.read_text())):
+    for row in evaluation_rows(evaluation):
         table.add_row(*row)
     Console().print(table)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from mpruner_dist.config import Config, DistillationConfig
+from mpruner_dist.config.task import FACTS
 from mpruner_dist.reporting.table import parameters_text
 
 
@@ -17,9 +18,12 @@ def training(config: Config, data: dict[str, Any], weights: dict[str, Any] | Non
     retrain = config.retrain
     if retrain is None:
         return []
+    rows, of_tokens = "images", ""
+    if FACTS[config.model.task].reads == "text":
+        rows, of_tokens = "sequences", f" of {'' if data['packed'] else 'at most '}{config.data.block_size} tokens"
     lines = [
-        f"{retrain.steps} steps of {retrain.batch_size} sequences of {'' if config.data.pack else 'at most '}"
-        f"{config.data.block_size} tokens: {retrain.steps * retrain.batch_size:,} sequences from a train part of "
+        f"{retrain.steps} steps of {retrain.batch_size} {rows}{of_tokens}: "
+        f"{retrain.steps * retrain.batch_size:,} {rows} from a train part of "
         f"{data['parts']['train']['blocks']:,}",
         f"learning rate {retrain.learning_rate:g}, {retrain.warmup_steps} warm-up steps, down to "
         f"{retrain.min_lr_ratio:g} of it at the end; weight decay {retrain.weight_decay:g}, gradient norm at most "
@@ -57,5 +61,5 @@ def _distillation(config: DistillationConfig | None) -> list[str]:
         parts.append(f"hidden states of the kept layers, weight {config.hidden_weight:g}")
     return [
         f"distillation from {who}: {'; '.join(parts)}; the training loss holds all terms, the validation loss only "
-        "that of the language model"
+        "that of the task itself"
     ]

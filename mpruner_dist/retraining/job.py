@@ -13,10 +13,10 @@ from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.cluster.engine import gathered, make_engine, start_deepspeed
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config, RetrainConfig
-from mpruner_dist.data.blocks import Blocks, load_blocks
+from mpruner_dist.data.parts import Part, load_part
 from mpruner_dist.errors import Fruitless, StageFailure
 from mpruner_dist.models.engines import load_for
-from mpruner_dist.models.scoring import model_inputs, score_text
+from mpruner_dist.models.scoring import score_part
 from mpruner_dist.models.stacks import only_blocks
 from mpruner_dist.retraining.checkpoints import (
     Found,
@@ -32,6 +32,7 @@ from mpruner_dist.retraining.preparation import prepare_model, trainable
 from mpruner_dist.retraining.settings import DataOrder, hidden_size, training_settings
 from mpruner_dist.retraining.teacher import Teacher, make_teacher
 from mpruner_dist.runs.commit import commit_folder, write_json
+from mpruner_dist.tasks import Batch, Task, task_of
 
 EXPORTED = "exported.json"
 OVERFLOWS = 16
@@ -63,8 +64,8 @@ def retrain_job(worker: Worker, spec: dict[str, Any]) -> None:
     model = load_for(settings, pruned.path, config.model, worker.log)
     weights = prepare_model(model, pruned, retrain, spec["layers"])
     engine = make_engine(model, loading_settings(found, settings), trainable(model))
-    trainer = Trainer(worker, engine, teacher, retrain, Path(spec["work"]))
-    trainer.run(load_blocks(spec["train"]), load_blocks(spec["validation"]), config.evaluate.batch_size, found)
+    trainer = Trainer(worker, engine, task_of(config.model), teacher, retrain, Path(spec["work"]))
+    trainer.run(load_part(spec["train"]), load_part(spec["validation"]), config.evaluate.batch_size, found)
     engine.empty_partition_cache()  # under ZeRO stage 3 a forward pass may have left weights on their way
     target = Path(spec["target"])
     partial = target.with_name(f".{target.name}.partial")
@@ -81,8 +82,16 @@ def retrain_job(worker: Worker, spec: dict[str, Any]) -> None:
 class Trainer:
     """The loop over steps, its log and its sharded checkpoints."""
 
-    def __init__(self, worker: Worker, engine: Any, teacher: Teacher | None, config: RetrainConfig, work: Path) -> None:
-        self.worker, self.engine, self.teacher, self.config = worker, engine, teacher, config
+    def __init__(
+        self,
+        worker: Worker,
+        engine: Any,
+        task: Task[Any],
+        teacher: Teacher | None,
+        config: RetrainConfig,
+        work: Path,
+    ) -> None:
+        self.worker, self.engine, self.task, self.teacher, self.config = worker, engine, task, teacher, config
         self.work = work
         self.metrics = Metrics(work, worker.is_first)
         self.hidden: HiddenStates | None = None
@@ -92,7 +101,7 @@ class Trainer:
         self.skipped = 0  # steps one after another in which float16 overflowed
         self.saved = 0
 
-    def run(self, train: Blocks, validation: Blocks, eval_batch_size: int, found: Found | None) -> None:
+    def run(self, train: Part, validation: Part, eval_batch_size: int, found: Found | None) -> None:
         """Do the steps that are left."""
         config = self.config
         order = DataOrder(len(train), config.batch_size, config.seed)
@@ -124,28 +133,28 @@ class Trainer:
         """Whether the validation loss is measured after so many steps."""
         return step % self.config.eval_every == 0 or step == self.config.steps
 
-    def _step(self, step: int, train: Blocks, order: DataOrder) -> float:
-        """One optimizer step; its loss a token, over all workers."""
+    def _step(self, step: int, train: Part, order: DataOrder) -> float:
+        """One optimizer step; its loss a prediction, over all workers."""
         worker, config = self.worker, self.config
         torch.manual_seed(hash((config.seed, step, worker.rank)) % 2**63)  # dropout, if any, resumes the same
         micro_batches = order.micro_batches(step, worker.rank, worker.world_size, config.micro_batch_size)
-        tokens = int((train.rows(order.rows(step)).lengths - 1).clip(0).sum())
+        predictions = int(self.task.predictions(train.rows(order.rows(step))).sum())
         losses = torch.zeros(len(micro_batches), worker.world_size, dtype=torch.float64, device=worker.device)
         for turn, rows in enumerate(micro_batches):
-            loss = self._loss(rows, model_inputs(train.rows(rows), worker.device))
+            loss = self._loss(rows, self.task.batch(train.rows(rows), worker.device))
             losses[turn, worker.rank] = loss.detach()
-            # DeepSpeed takes the mean over micro-batches and workers; this makes of it the mean over all tokens
-            self.engine.backward(loss * (len(micro_batches) * worker.world_size / tokens))
+            # DeepSpeed takes the mean over micro-batches and workers; this makes of it the mean over all predictions
+            self.engine.backward(loss * (len(micro_batches) * worker.world_size / predictions))
             self.engine.step()
         losses = worker.sum_over_workers(losses).cpu()
         self.check(step, losses.flatten().isfinite().tolist(), order.rows(step))
-        return losses.sum().item() / tokens
+        return losses.sum().item() / predictions
 
-    def _loss(self, rows: list[int], inputs: dict[str, Any]) -> torch.Tensor:
-        """Of one micro-batch, summed over its tokens."""
-        answer = None if self.teacher is None else self.teacher(rows, inputs)
-        logits, states = logits_and_states(self.engine, inputs, self.hidden)
-        return mixed_loss(logits, states, answer, inputs, self.config.distillation)
+    def _loss(self, rows: list[int], batch: Batch) -> torch.Tensor:
+        """Of one micro-batch, summed over its predictions."""
+        answer = None if self.teacher is None else self.teacher(rows, batch.inputs)
+        logits, states = logits_and_states(self.engine, batch.inputs, self.hidden)
+        return mixed_loss(logits, states, answer, batch, self.config.distillation)
 
     def check(self, step: int, finite: list[bool], rows: list[int]) -> None:
         """Stop where going on would train nothing.
@@ -177,7 +186,7 @@ class Trainer:
                 f"however small the loss is scaled: set model.dtype bfloat16 or float32; {kept}"
             )
 
-    def _validate(self, step: int, validation: Blocks, batch_size: int) -> None:
+    def _validate(self, step: int, validation: Part, batch_size: int) -> None:
         """Record the validation loss.
 
         Raises:
@@ -185,13 +194,13 @@ class Trainer:
         """
         self.engine.eval()
         try:
-            score = score_text(self.worker, self.engine, validation, batch_size)
+            score = score_part(self.worker, self.engine, self.task, validation, batch_size)
         except Fruitless as error:
             also = ", or lower retrain.learning_rate" if step else ""
             raise Fruitless(f"after {step} steps {error}{also}") from error
         self.engine.train()
-        self.metrics.record({"step": step, "validation_loss": score.nll})
-        self.worker.log(f"step {step}: validation loss {score.nll:.4f}")
+        self.metrics.record({"step": step, "validation_loss": score.loss})
+        self.worker.log(f"step {step}: validation loss {score.loss:.4f}")
 
 
 def require_change(exported: Exported, config: RetrainConfig, rates: list[float]) -> None:

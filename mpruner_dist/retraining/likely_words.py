@@ -10,9 +10,9 @@ from safetensors.torch import save
 
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.data.blocks import Blocks, share_of_batches
-from mpruner_dist.models.scoring import model_inputs
 from mpruner_dist.retraining.losses import Answer, LikelyWords
 from mpruner_dist.runs.commit import disk_errors, write_bytes
+from mpruner_dist.tasks import Task
 
 CHUNK = 32
 """Blocks in a file: with 2048 tokens a block and 64 words, 34 MB."""
@@ -67,6 +67,7 @@ class WordsOnDisk:
 def write_likely_words(
     worker: Worker,
     teacher: Callable[[list[int], dict[str, Any]], Answer],
+    task: Task[Any],
     blocks: Blocks,
     words: WordsOnDisk,
     missing: list[int],
@@ -77,6 +78,7 @@ def write_likely_words(
     Args:
         worker: this one.
         teacher: answers with likely words; under ZeRO-3 all workers must ask equally often.
+        task: that both do.
         blocks: all training blocks.
         words: where the answers go.
         missing: files to write, the same on all workers.
@@ -92,7 +94,7 @@ def write_likely_words(
         for index in range(passes):
             some = rows[index * at_once : (index + 1) * at_once]
             asked = some or rows[:1]  # the last file is shorter than the others
-            likely = teacher(asked, model_inputs(blocks.rows(asked), worker.device)).likely
+            likely = teacher(asked, task.batch(blocks.rows(asked), worker.device).inputs).likely
             if some and likely is not None:
                 answers.append(likely)
         if counted:

@@ -1,17 +1,17 @@
-"""What retraining minimises, summed over the tokens that predict a token, in float32.
+"""What retraining minimises, summed over the predictions of a batch, in float32.
 
-Shape suffixes: B sequences, T tokens, V words of the vocabulary, K likely words, D width. Nothing here cuts the last
-token off: of logits [B, T, V] that would be a copy, and another on the way back.
+Shape suffixes: B sequences, T tokens, V words of the vocabulary, K likely words, D width. A task that predicts one
+class of each sequence has no T in its logits. Nothing here cuts the last token off: of logits [B, T, V] that would be a
+copy, and another on the way back.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpruner_dist.config import DistillationConfig
-from mpruner_dist.models.scoring import next_token_nll
+from mpruner_dist.tasks import IGNORED, Batch, summed_nll
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,7 @@ class Answer:
     hidden_BTD: list[Tensor]
 
 
-def predicting(mask_BT: Tensor) -> Tensor:
-    """1 for every token that predicts a token of the text, else 0; [B, T]."""
-    return torch.nn.functional.pad(mask_BT[:, 1:], (0, 1))
-
-
-def distillation_loss(student_BTV: Tensor, teacher_BTV: Tensor, mask_BT: Tensor, temperature: float) -> Tensor:
+def distillation_loss(student_BTV: Tensor, teacher_BTV: Tensor, targets_BT: Tensor, temperature: float) -> Tensor:
     """KL divergence of the student from the teacher.
 
     Hinton et al. 2015 (arXiv 1503.02531), section 2: both softened by the temperature, scaled by its square.
@@ -46,7 +41,7 @@ def distillation_loss(student_BTV: Tensor, teacher_BTV: Tensor, mask_BT: Tensor,
     student = torch.log_softmax(_softened(student_BTV, temperature), -1)
     teacher = torch.log_softmax(_softened(teacher_BTV, temperature), -1)
     divergence_BT = (teacher.exp() * (teacher - student)).sum(-1)
-    return (divergence_BT * predicting(mask_BT)).sum() * temperature**2
+    return (divergence_BT * (targets_BT != IGNORED)).sum() * temperature**2
 
 
 def likely_words(teacher_BTV: Tensor, count: int, temperature: float) -> LikelyWords:
@@ -56,7 +51,7 @@ def likely_words(teacher_BTV: Tensor, count: int, temperature: float) -> LikelyW
     return LikelyWords(words, _reduced(teacher, words))
 
 
-def likely_words_loss(student_BTV: Tensor, likely: LikelyWords, mask_BT: Tensor, temperature: float) -> Tensor:
+def likely_words_loss(student_BTV: Tensor, likely: LikelyWords, targets_BT: Tensor, temperature: float) -> Tensor:
     """KL divergence over the teacher's K likely words and "any other word" as one outcome.
 
     At most the divergence over all words (merging outcomes cannot raise it: the data-processing inequality), and equal
@@ -64,7 +59,7 @@ def likely_words_loss(student_BTV: Tensor, likely: LikelyWords, mask_BT: Tensor,
     """
     student = _reduced(_softened(student_BTV, temperature), likely.words_BTK)
     divergence_BT = (likely.log_probs_BTK1.exp() * (likely.log_probs_BTK1 - student)).sum(-1)
-    return (divergence_BT * predicting(mask_BT)).sum() * temperature**2
+    return (divergence_BT * (targets_BT != IGNORED)).sum() * temperature**2
 
 
 def _softened(logits: Tensor, temperature: float) -> Tensor:
@@ -81,14 +76,14 @@ def _reduced(logits_BTV: Tensor, words_BTK: Tensor) -> Tensor:
     return torch.log_softmax(kept, -1)
 
 
-def hidden_loss(student: list[Tensor], teacher: list[Tensor], mask_BT: Tensor) -> Tensor:
+def hidden_loss(student: list[Tensor], teacher: list[Tensor], weights_BT: Tensor | None) -> Tensor:
     """Squared distance of each token's states from the teacher's, relative to theirs; the mean over layers."""
-    weights_BT = predicting(mask_BT)
-    total = torch.zeros((), device=mask_BT.device)
+    total = torch.zeros((), device=student[0].device)
     for mine_BTD, theirs_BTD in zip(student, teacher, strict=True):
         theirs = theirs_BTD.float()
         distance_BT = (mine_BTD.float() - theirs).square().sum(-1)
-        total = total + (distance_BT / theirs.square().sum(-1).clamp_min(1e-12) * weights_BT).sum()
+        weights = 1 / distance_BT.shape[1] if weights_BT is None else weights_BT
+        total = total + (distance_BT / theirs.square().sum(-1).clamp_min(1e-12) * weights).sum()
     return total / len(student)
 
 
@@ -96,28 +91,28 @@ def mixed_loss(
     logits_BTV: Tensor,
     hidden_BTD: list[Tensor],
     answer: Answer | None,
-    inputs: dict[str, Any],
+    batch: Batch,
     config: DistillationConfig | None,
 ) -> Tensor:
-    """Language-model loss mixed with distillation if that is asked for, each by its share.
+    """The task's loss mixed with distillation if that is asked for, each by its share.
 
     Args:
         logits_BTV: of the student.
         hidden_BTD: states after each of its layers, if their distance counts.
         answer: of the teacher, if there is one.
-        inputs: ids and mask.
+        batch: what should be said.
         config: the shares.
     """
     if config is None or answer is None:
-        return next_token_nll(logits_BTV, inputs)
-    mask, loss = inputs["attention_mask"], torch.zeros((), device=logits_BTV.device)
+        return summed_nll(logits_BTV, batch.targets)
+    targets, loss = batch.targets, torch.zeros((), device=logits_BTV.device)
     rest = 1 - config.weight - config.hidden_weight
     if rest > 0:
-        loss = rest * next_token_nll(logits_BTV, inputs)
+        loss = rest * summed_nll(logits_BTV, targets)
     if answer.likely is not None:
-        loss = loss + config.weight * likely_words_loss(logits_BTV, answer.likely, mask, config.temperature)
+        loss = loss + config.weight * likely_words_loss(logits_BTV, answer.likely, targets, config.temperature)
     elif answer.logits_BTV is not None:
-        loss = loss + config.weight * distillation_loss(logits_BTV, answer.logits_BTV, mask, config.temperature)
+        loss = loss + config.weight * distillation_loss(logits_BTV, answer.logits_BTV, targets, config.temperature)
     if config.hidden_weight:
-        loss = loss + config.hidden_weight * hidden_loss(hidden_BTD, answer.hidden_BTD, mask)
+        loss = loss + config.hidden_weight * hidden_loss(hidden_BTD, answer.hidden_BTD, batch.state_weights_BT)
     return loss

@@ -4,21 +4,23 @@ from pathlib import Path
 from typing import Any
 
 from mpruner_dist.config import DistillationConfig
-from mpruner_dist.data.prepare import load_tokenizer
+from mpruner_dist.config.task import FACTS
+from mpruner_dist.data.readers import load_tokenizer
 from mpruner_dist.errors import UserError
 from mpruner_dist.models.loading import read_config
 
 
 def require_fitting_teacher(
-    teacher: Path, model: Path, config: DistillationConfig, trust_remote_code: bool = False
+    teacher: Path, model: Path, config: DistillationConfig, trust_remote_code: bool = False, task: str = "causal-lm"
 ) -> None:
-    """Compare vocabularies, and what the hidden states need.
+    """Compare vocabularies, classes, and what the hidden states need.
 
     Args:
         teacher: its folder.
         model: folder of the unpruned model.
         config: what is to be learnt.
         trust_remote_code: run code that lies in the folders.
+        task: of both; classes are compared where there are any.
 
     Raises:
         UserError: the teacher's words, or the layers that are asked for, are not the model's.
@@ -32,12 +34,19 @@ def require_fitting_teacher(
         return
     where = f"retrain.distillation.teacher {teacher}"
     theirs = read_config(teacher, trust_remote_code).get_text_config()
-    if theirs.vocab_size != mine.vocab_size:
+    if task != "causal-lm" and theirs.id2label != mine.id2label:
+        raise UserError(
+            f"{where} has the classes {list(theirs.id2label.values())}, the model {list(mine.id2label.values())}: "
+            "their predictions cannot be compared"
+        )
+    if FACTS[task].reads == "text" and theirs.vocab_size != mine.vocab_size:
         raise UserError(
             f"{where} has a vocabulary of {theirs.vocab_size} words, the model one of {mine.vocab_size}: their "
             "predictions cannot be compared; take a teacher of the same family"
         )
-    _require_same_ids(where, *(load_tokenizer(folder, trust_remote_code).get_vocab() for folder in (teacher, model)))
+    if FACTS[task].reads == "text":
+        vocabularies = [load_tokenizer(folder, trust_remote_code).get_vocab() for folder in (teacher, model)]
+        _require_same_ids(where, *vocabularies)
     if config.hidden_weight:
         for name in ("hidden_size", "num_hidden_layers"):
             if getattr(theirs, name) != getattr(mine, name):

@@ -8,6 +8,7 @@ from mpruner_dist.checkpoints.export import Weight, match_names
 from mpruner_dist.checkpoints.folder import CheckpointFolder
 from mpruner_dist.config import RetrainConfig
 from mpruner_dist.errors import UserError
+from mpruner_dist.models.naming import model_names
 from mpruner_dist.models.stacks import only_blocks
 from mpruner_dist.retraining.adapters import attach_adapters
 
@@ -30,7 +31,9 @@ def prepare_model(
         UserError: the model cannot do what is asked for.
         StageFailure: a tensor that could not be written back.
     """
-    parameters = match_names(model, pruned, str(model.base_model_prefix))
+    # what is merged or split on the way cannot be written back
+    renamed = {name: key for name, (key, merged) in model_names(model, pruned.tensors).items() if merged is None}
+    parameters = match_names(model, pruned, str(model.base_model_prefix), renamed)
     if layers is not None:
         model.requires_grad_(False)
         blocks = only_blocks(model)

@@ -9,13 +9,14 @@ import torch
 from mpruner_dist.cluster.settings import Settings, inference_settings, zero_stage
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config, DistillationConfig
-from mpruner_dist.data.blocks import load_blocks
+from mpruner_dist.data.parts import load_part
 from mpruner_dist.models.engines import inference_engine
 from mpruner_dist.models.stacks import only_blocks
 from mpruner_dist.retraining.hidden import HiddenStates, logits_and_states
 from mpruner_dist.retraining.likely_words import WordsOnDisk, write_likely_words
 from mpruner_dist.retraining.losses import Answer, likely_words
 from mpruner_dist.retraining.settings import DataOrder
+from mpruner_dist.tasks import task_of
 
 
 class Teacher(Protocol):
@@ -74,13 +75,13 @@ def make_teacher(worker: Worker, settings: Settings, config: Config, spec: dict[
 
     if not distillation.cache:
         return LiveTeacher(load(), distillation, spec["teacher_layers"])
-    blocks = load_blocks(spec["train"])
+    blocks = load_part(spec["train"])
     order = DataOrder(len(blocks), retrain.batch_size, retrain.seed)
     words = WordsOnDisk(Path(spec["words"]), order.used(retrain.steps))
     missing = worker.select_on_first(range(words.chunks), words.is_missing)
     if missing:
         teacher = LiveTeacher(load(), distillation, [])
-        write_likely_words(worker, teacher, blocks, words, missing, retrain.micro_batch_size)
+        write_likely_words(worker, teacher, task_of(config.model), blocks, words, missing, retrain.micro_batch_size)
         teacher.engine.destroy()
         del teacher
         gc.collect()

@@ -12,15 +12,16 @@ from mpruner_dist.cluster.settings import zero_stage
 from mpruner_dist.cluster.shape import GATHERED_PARAMETERS, ROOM, free_memory
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import CollectConfig, Config
-from mpruner_dist.data.blocks import Blocks, batch_rows, load_blocks, share_of_batches
-from mpruner_dist.errors import StageFailure, UserError
+from mpruner_dist.data.blocks import batch_rows, share_of_batches
+from mpruner_dist.data.parts import Part, load_part
+from mpruner_dist.errors import StageFailure
 from mpruner_dist.models.blocks import activations_per_token
 from mpruner_dist.models.engines import forward_settings, inference_engine
-from mpruner_dist.models.scoring import model_inputs
 from mpruner_dist.models.stacks import only_blocks
 from mpruner_dist.similarity.samples import draw_samples
 from mpruner_dist.similarity.sums import BatchSums, Terms
 from mpruner_dist.similarity.tap import BatchStatistics, LayerTap
+from mpruner_dist.tasks import task_of
 
 SUM_TOLERANCE = 1e-12  # all-reduce and fold add the same float64 numbers in another order
 IsSettled = Callable[[BatchSums], bool]
@@ -32,13 +33,10 @@ def collect_job(worker: Worker, spec: dict[str, Any]) -> None:
     spec: config (Config), model (Path), blocks (Path), sums (Path), deepspeed (dict), is_settled (IsSettled or None).
 
     Raises:
-        UserError: samples that this model does not have.
         StageFailure: the sums that were all-reduced are not those on disk.
         Preempted: a signal came, and the sums are saved.
     """
     config: Config = spec["config"]
-    if config.collect.unit in ("image", "patch"):
-        raise UserError(f"collect.unit {config.collect.unit} is for vision models, this one reads text: use token")
     saved = BatchSums.load(Path(spec["sums"])) if worker.is_first else BatchSums()
     collection = Collection(worker, config, spec, saved)
     for end in ends_of_windows(config.collect):
@@ -65,7 +63,8 @@ class Collection:
         self.end = 0
         start_deepspeed(worker.device)
         settings = forward_settings(worker, spec["deepspeed"], config, Path(spec["model"]))
-        self.blocks: Blocks = load_blocks(spec["blocks"])
+        self.task = task_of(config.model)
+        self.part: Part = load_part(spec["blocks"])
         self.engine = inference_engine(settings, Path(spec["model"]), config.model, worker.log, head=False)
         stack = only_blocks(self.engine.module)
         self.tap = LayerTap(stack)
@@ -125,14 +124,14 @@ class Collection:
         statistics: list[BatchStatistics] = []
         rows: list[int] = []
         for batch in batches:
-            of_batch = batch_rows(batch, collect.batch_size, len(self.blocks))
-            mask = torch.from_numpy(self.blocks.rows(of_batch).mask())
+            of_batch = batch_rows(batch, collect.batch_size, len(self.part))
+            mask = torch.from_numpy(self.part.rows(of_batch).mask())
             samples = draw_samples(mask, collect, batch).to(self.worker.device)
             statistics.append(BatchStatistics(batch, samples, collect, self.tap.layers))
             rows += of_batch
         self.tap.begin(statistics)
         with torch.no_grad():
-            self.engine(**model_inputs(self.blocks.rows(rows), self.worker.device))
+            self.engine(**self.task.batch(self.part.rows(rows), self.worker.device).inputs)
         sums = BatchSums()
         for measured in statistics:
             sums.update(measured.batch, {name: value.numpy() for name, value in measured.terms().items()})
@@ -144,11 +143,11 @@ class Collection:
         With a replica one is as quick as many, and sums that do not depend on the number of workers, to the last bit,
         need passes that do not.
         """
-        if zero_stage != 3:
+        if zero_stage != 3 or self.task.facts.reads == "images":  # of how many patches an image is, no rule knows
             return 1
         config, collect = self.config, self.config.collect
         width = getattr(torch, config.model.dtype).itemsize
-        tokens = collect.batch_size * self.blocks.ids.shape[1]
+        tokens = collect.batch_size * self.part.mask().shape[1]
         a_batch = tokens * activations_per_token(block) * width + self.tap.layers * collect.samples**2 * 8
         free, _ = free_memory(self.worker.device, self.worker.local_workers)
         room = ROOM * free - GATHERED_PARAMETERS * width

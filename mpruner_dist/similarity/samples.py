@@ -76,7 +76,8 @@ def draw_samples(mask_BT: Tensor, config: CollectConfig, batch: int) -> Samples:
         UserError: fewer samples to draw from than are asked for.
     """
     eligible_BT = mask_BT.bool().clone()
-    eligible_BT[:, : config.skip_tokens] = False
+    if config.unit != "image":
+        eligible_BT[:, : config.skip_tokens] = False
     if config.unit in ("token", "patch"):
         positions = eligible_BT.flatten().nonzero().squeeze(1)
         # a short sentence is all the sample that this estimator knows

@@ -3,6 +3,7 @@
 import logging
 from functools import partial
 
+from mpruner_dist.config.task import FACTS
 from mpruner_dist.errors import UserError
 from mpruner_dist.road import Road
 from mpruner_dist.runs.commit import write_json, write_text
@@ -43,6 +44,7 @@ def compare(road: Road, depths: list[int] | None) -> None:
     log.info("comparing %d planners at %d depths, about %d forward passes", len(COMPARED), len(depths), passes)
     task = partial(compare_planners, given=given, depths=depths)
     content = judge(road, {"judged": (0, judged), "held_out": (judged, end)}, task, passes)
+    content["unit"] = FACTS[road.config.model.task].unit
     content["cka"] = file_digest(road.folder / "cka.json")
     write_json(road.folder / "compare.json", content)
     write_text(road.folder / "figures/plans.svg", plans_figure(content))

@@ -12,9 +12,12 @@ def data(road: Road) -> Step:
     """Text to token blocks."""
     from mpruner_dist.data.needed import blocks_needed
 
-    tokenizer = {file.name: spot_digest(file) for file in sorted(road.source.glob("*token*"))}
+    readers = [*road.source.glob("*token*"), *road.source.glob("preprocessor_config.json")]
+    tokenizer = {file.name: spot_digest(file) for file in sorted(readers)}
     files = {part: source_digest(source) for part, source in road.config.data.parts().items()}
     inputs = {
+        "task": road.config.model.task,
+        "labels": road.checkpoint.config.get("id2label"),
         "tokenizer": tokenizer,
         "data": road.config.data.model_dump(mode="json"),
         "blocks": blocks_needed(road.config),

@@ -65,7 +65,8 @@ def retrain(road: Road) -> Step:
         layers = beside_gaps(plan.kept, plan.num_layers) if section.trainable == "neighbours" else None
         words = None
         if distillation is not None and teacher is not None:
-            require_fitting_teacher(teacher, road.original, distillation, road.config.model.trust_remote_code)
+            model = road.config.model
+            require_fitting_teacher(teacher, road.original, distillation, model.trust_remote_code, model.task)
             if distillation.cache:
                 # the same teacher in all rounds
                 words = (road.run or road).work("retrain/teacher", {

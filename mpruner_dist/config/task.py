@@ -1,0 +1,28 @@
+"""The tasks by name, and the plain facts about each; what they do is in `tasks/`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+TaskName = Literal["causal-lm", "text-classification", "image-classification"]
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What needs no torch to be known of a task."""
+
+    auto_class: str
+    """Name of the class of transformers that loads the model with its head."""
+    unit: str
+    """What its work and its predictions are counted in."""
+    reads: Literal["text", "images"]
+    metrics: tuple[str, ...]
+    """What `evaluation.json` says of each model beside its loss, the most telling first."""
+
+
+FACTS: dict[str, TaskFacts] = {
+    "causal-lm": TaskFacts("AutoModelForCausalLM", "token", "text", ("perplexity", "accuracy")),
+    "text-classification": TaskFacts("AutoModelForSequenceClassification", "text", "text", ("accuracy", "macro_f1")),
+    "image-classification": TaskFacts("AutoModelForImageClassification", "image", "images", ("accuracy", "macro_f1")),
+}
+UNITS = {"text": ("token", "sequence"), "images": ("image",)}
+"""What may be a sample of the similarity, by what a task reads."""

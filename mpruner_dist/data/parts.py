@@ -1,0 +1,54 @@
+"""The parts of a run's data as files: calibration, train, validation, test."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import safe_open
+from safetensors.numpy import save
+
+from mpruner_dist.data.blocks import Blocks
+from mpruner_dist.data.images import LabelledImages
+from mpruner_dist.data.labelled import LabelledTexts
+from mpruner_dist.errors import UserError
+from mpruner_dist.runs.commit import write_bytes
+
+
+class Part(Protocol):
+    """Sequences or images in their order."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def rows(self, rows: Iterable[int]) -> Self:
+        """The given ones, in the given order."""
+
+    def mask(self) -> npt.NDArray[np.int64]:
+        """1 for what may be a sample of the calibration, 0 for padding."""
+
+    def tensors(self) -> dict[str, npt.NDArray[Any]]:
+        """What is written to disk, by the names of the class's fields."""
+
+
+def save_part(path: Path, part: Part) -> None:
+    """Write a part whole or not at all."""
+    write_bytes(path, save(part.tensors()))
+
+
+def load_part(path: Path) -> Any:
+    """Read a part that `save_part` wrote.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, "numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if "pixels" in tensors:
+            return LabelledImages(**tensors)
+        kind = LabelledTexts if "labels" in tensors else Blocks
+        return kind(tensors.pop("input_ids"), **tensors)
+    except Exception as error:
+        raise UserError(f"cannot read {path}, which the stage data made: {error}") from error

@@ -1,0 +1,130 @@
+"""How each task reads its data: from records of a source to a part."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import transformers
+
+from mpruner_dist.config import Config, DataConfig, SourceConfig
+from mpruner_dist.data.blocks import Blocks, make_blocks
+from mpruner_dist.data.images import LabelledImages, PixelFormat, make_images, pixel_format
+from mpruner_dist.data.labelled import LabelledTexts, label_names, make_labelled
+from mpruner_dist.data.sources import open_images, open_labelled, open_source
+from mpruner_dist.errors import UserError
+
+R = TypeVar("R")
+
+
+class Watch(Protocol):
+    """Looks at the records as they go by."""
+
+    def __call__(self, records: Iterable[R], number: int, content: Callable[[R], str]) -> Iterator[R]:
+        """The same records; their number, if all are read, and what each of them says."""
+
+
+class Reader(Protocol):
+    """What makes parts of one task's data."""
+
+    unit: str
+    """What a part is so many of."""
+
+    def read(self, source: SourceConfig, limit: int | None, watch: Watch) -> Any:
+        """A part of at most `limit` rows.
+
+        Raises:
+            UserError: a source that cannot be read.
+        """
+
+    def facts(self, part: Any) -> dict[str, Any]:
+        """What `data.json` says of a part, beside its number of rows."""
+
+
+class BlockReader:
+    """Blocks of tokens, for causal-lm."""
+
+    def __init__(self, config: DataConfig, tokenizer: Any) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.unit = f"blocks of {config.block_size} tokens"
+
+    def read(self, source: SourceConfig, limit: int | None, watch: Watch) -> Blocks:
+        """Text as it runs, or a block a record."""
+        records, number, separator = open_source(source)
+        watched = watch(records, number, str)
+        return make_blocks(watched, self.tokenizer, self.config.block_size, self.config.pack, separator, limit)
+
+    def facts(self, part: Blocks) -> dict[str, Any]:
+        """The number of tokens."""
+        return {"tokens": int(part.lengths.sum())}
+
+
+class LabelledReader:
+    """Texts with a class each, for text-classification."""
+
+    unit = "labelled texts"
+
+    def __init__(self, config: DataConfig, tokenizer: Any, labels: list[str]) -> None:
+        self.config, self.tokenizer, self.labels = config, tokenizer, labels
+
+    def read(self, source: SourceConfig, limit: int | None, watch: Watch) -> LabelledTexts:
+        """A row a record."""
+        records, number = open_labelled(source, self.labels)
+        watched = watch(records, number, lambda record: record[0])
+        return make_labelled(watched, self.tokenizer, self.config.block_size, limit)
+
+    def facts(self, part: LabelledTexts) -> dict[str, Any]:
+        """The number of tokens, and of the texts of each class."""
+        return {"tokens": int(part.lengths.sum()), "labels": of_classes(part, self.labels)}
+
+
+class ImageReader:
+    """Images with a class each, for image-classification."""
+
+    unit = "labelled images"
+
+    def __init__(self, form: PixelFormat, labels: list[str]) -> None:
+        self.form, self.labels = form, labels
+
+    def read(self, source: SourceConfig, limit: int | None, watch: Watch) -> LabelledImages:
+        """An image a record, in the model's size."""
+        records, number = open_images(source, self.labels)
+        watched = watch(records, number, lambda record: hashlib.sha256(record[0].tobytes()).hexdigest())
+        return make_images(watched, self.form, source.path, limit)
+
+    def facts(self, part: LabelledImages) -> dict[str, Any]:
+        """The number of images of each class."""
+        return {"labels": of_classes(part, self.labels)}
+
+
+def of_classes(part: LabelledTexts | LabelledImages, labels: list[str]) -> dict[str, int]:
+    """How many there are of each class."""
+    counts = Counter(part.labels.tolist())
+    return {name: counts[number] for number, name in enumerate(labels)}
+
+
+def make_reader(config: Config, model_folder: Path) -> Reader:
+    """The reader of the model's task.
+
+    Raises:
+        UserError: the model's folder lacks what it needs.
+    """
+    if config.model.task == "image-classification":
+        return ImageReader(pixel_format(model_folder), label_names(model_folder))
+    tokenizer = load_tokenizer(model_folder, config.model.trust_remote_code)
+    if config.model.task == "causal-lm":
+        return BlockReader(config.data, tokenizer)
+    return LabelledReader(config.data, tokenizer, label_names(model_folder))
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    """The tokenizer that lies in a model's folder.
+
+    Raises:
+        UserError: there is none that transformers can load.
+    """
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"{folder} holds no tokenizer that transformers can load: {error}") from error

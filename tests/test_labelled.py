@@ -1,0 +1,147 @@
+"""Texts with classes: read as they stand in the data, scored as a loop over them would."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import make_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpruner_dist.config import Config, SourceConfig
+from mpruner_dist.data.labelled import LabelledTexts, label_names
+from mpruner_dist.data.parts import load_part, save_part
+from mpruner_dist.data.prepare import prepare_data
+from mpruner_dist.data.sources import open_labelled
+from mpruner_dist.errors import UserError
+from mpruner_dist.tasks import TASKS
+
+MOODS = ["sad", "glad", "neither"]
+RECORDS = [{"text": f"w{number} w{number + 1}", "mood": MOODS[number % 3]} for number in range(60)]
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> SourceConfig:
+    if path.suffix == ".csv":
+        datasets.Dataset.from_list(records).to_csv(path)
+    else:
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return SourceConfig(path=str(path), label_field="mood")
+
+
+def read(source: SourceConfig, labels: list[str]) -> list[tuple[str, int]]:
+    return list(open_labelled(source, labels)[0])
+
+
+EXPECTED = [(record["text"], MOODS.index(record["mood"])) for record in RECORDS]
+
+
+@pytest.mark.parametrize("name", ["texts.jsonl", "texts.csv"])
+def test_labels_are_names_or_numbers(tmp_path: Path, name: str) -> None:
+    assert read(write(tmp_path / name, RECORDS), MOODS) == EXPECTED
+    numbered = [record | {"mood": MOODS.index(record["mood"])} for record in RECORDS]
+    assert read(write(tmp_path / f"numbered-{name}", numbered), MOODS) == EXPECTED
+
+
+def test_names_of_a_saved_set_count_where_the_model_has_names(tmp_path: Path) -> None:
+    """The set numbers its classes in another order than the model."""
+    other = ["neither", "sad", "glad"]
+    features = datasets.Features({"text": datasets.Value("string"), "mood": datasets.ClassLabel(names=other)})
+    datasets.Dataset.from_list(RECORDS, features=features).save_to_disk(tmp_path / "saved")
+    source = SourceConfig(path=str(tmp_path / "saved"), label_field="mood")
+    assert read(source, MOODS) == EXPECTED
+    unnamed = read(source, ["LABEL_0", "LABEL_1", "LABEL_2"])
+    assert [label for _, label in unnamed] == [other.index(record["mood"]) for record in RECORDS]
+
+
+def test_what_is_no_class_is_refused_by_record_and_name(tmp_path: Path) -> None:
+    for label in ("angry", 3, -1, None, True, 0.5):
+        source = write(tmp_path / "texts.jsonl", [{"text": "w1", "mood": label}])
+        with pytest.raises(UserError, match=r"mood of record 0 of .*jsonl is .* no class of the model.*0 sad, 1 glad"):
+            read(source, MOODS)
+    with pytest.raises(UserError, match=r"no field 'label': set label_field to one of text, mood"):
+        open_labelled(SourceConfig(path=source.path), MOODS)
+
+
+def test_the_names_of_classes_are_the_models(tmp_path: Path) -> None:
+    def names(**content: Any) -> list[str]:
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        return label_names(tmp_path)
+
+    assert names(id2label={"1": "glad", "0": "sad"}) == ["sad", "glad"]
+    assert names() == ["LABEL_0", "LABEL_1"]
+    with pytest.raises(UserError, match="has the numbers"):
+        names(id2label={"1": "glad", "2": "sad"})
+
+
+def test_parts_hold_ids_lengths_and_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_tokenizer(tmp_path / "model")
+    labels = {"id2label": {str(number): mood for number, mood in enumerate(MOODS)}}
+    (tmp_path / "model/config.json").write_text(json.dumps(labels))
+    longer = [record | {"text": " ".join(["w5"] * (1 + number % 20))} for number, record in enumerate(RECORDS)]
+    path = write(tmp_path / "texts.jsonl", longer).path
+    only_sad = write(tmp_path / "sad.jsonl", [record for record in RECORDS if record["mood"] == "sad"]).path
+    config = Config.model_validate({
+        "model": {"path": "m", "task": "text-classification"},
+        "data": {
+            "block_size": 8,
+            "calibration": {"path": path, "label_field": "mood", "take": [0, 0.5]},
+            "test": {"path": only_sad, "label_field": "mood"},
+        },
+        "collect": {"num_batches": 2, "batch_size": 5},
+    })  # fmt: skip
+    with caplog.at_level("WARNING"):
+        import logging
+
+        logging.getLogger("mpruner_dist").propagate = True
+        prepare_data(config, tmp_path / "model", tmp_path / "data", tmp_path / "progress.json")
+    assert "data.test has nothing of the class 'glad'" in caplog.text
+    parts = json.loads((tmp_path / "data/data.json").read_text())["parts"]
+    assert parts["calibration"]["labels"] == {"sad": 4, "glad": 3, "neither": 3}
+    part = load_part(tmp_path / "data/calibration.safetensors")
+    assert part.lengths.tolist() == [min(1 + number % 20, 8) for number in range(10)]  # longer texts are cut
+    assert part.labels.tolist() == [number % 3 for number in range(10)]
+    some = part.rows([1, 4])
+    assert some.ids.shape == (2, 5)  # padded only to the longest
+    assert some.mask().tolist() == [[1, 1, 0, 0, 0], [1] * 5]
+    assert some.labels.tolist() == [1, 1]
+    save_part(tmp_path / "again.safetensors", some)
+    assert load_part(tmp_path / "again.safetensors").labels.tolist() == [1, 1]
+
+
+CLASSIFY = TASKS["text-classification"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30))
+def test_quality_is_a_loop_over_the_texts(pairs: list[tuple[int, int]]) -> None:
+    """Whatever the batches; macro F1 as scikit-learn defines it, over the classes that occur or are predicted."""
+    logits = torch.nn.functional.one_hot(torch.tensor([said for _, said in pairs]), 4) * 3.0
+    labels = np.array([right for right, _ in pairs], np.int32)
+    part = LabelledTexts(np.ones((len(pairs), 2), np.int32), np.full(len(pairs), 2, np.int32), labels)
+    tallies = [
+        CLASSIFY.tally(logits[begin:end], CLASSIFY.batch(part.rows(range(begin, end)), torch.device("cpu")))
+        for begin, end in ((0, len(pairs) // 2), (len(pairs) // 2, len(pairs)))
+        if end > begin
+    ]
+    total = sum(tallies[1:], tallies[0]).tolist()
+    nll = -sum(float(logits[row].log_softmax(-1)[label]) for row, label in enumerate(labels))
+    assert total[:2] == [pytest.approx(nll, rel=1e-5), len(pairs)]
+    scores = []
+    for label in range(4):
+        hits = sum(pair == (label, label) for pair in pairs)
+        wrong = sum((label in pair) and pair[0] != pair[1] for pair in pairs)
+        if hits + wrong:
+            scores.append(2 * hits / (2 * hits + wrong))
+    quality = CLASSIFY.quality(total)
+    assert quality["accuracy"] == pytest.approx(sum(right == said for right, said in pairs) / len(pairs))
+    assert quality["macro_f1"] == pytest.approx(sum(scores) / len(scores))
+    assert CLASSIFY.predictions(part).tolist() == [1] * len(pairs)
+
+
+def test_every_token_of_a_text_counts_alike_where_states_are_compared() -> None:
+    ids = np.ones((2, 4), np.int32)
+    batch = CLASSIFY.batch(LabelledTexts(ids, np.array([4, 2]), np.array([0, 1])), torch.device("cpu"))
+    assert batch.state_weights_BT.tolist() == [[0.25] * 4, [0.5, 0.5, 0, 0]]
