@@ -1,5 +1,7 @@
 """Two real Ray nodes: that both see the same storage and packages, and what is said where one does not."""
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from ray.cluster_utils import Cluster
 
 from mpruner_dist.cluster import probe
 from mpruner_dist.cluster.look import contents, exchange
-from mpruner_dist.cluster.probe import nodes_alive, require_same_view
+from mpruner_dist.cluster.probe import Node, nodes_alive, require_same_view
 from mpruner_dist.cluster.session import RaySession
 from mpruner_dist.config import ClusterConfig
 from mpruner_dist.errors import StageFailure
@@ -40,23 +42,23 @@ Join = Callable[..., RaySession]
 
 @pytest.fixture
 def two_nodes(tmp_path: Path) -> Iterator[Join]:
-    """Make a cluster whose second node has other mounts; gives the session that would use it."""
+    """Add a node with other mounts to a cluster of one; gives the session that would use it."""
     (tmp_path / "run").mkdir()
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text('{"model_type": "llama"}')
     (model / "model.safetensors").write_bytes(b"0" * 64)
     head = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100_000_000})
+    session = RaySession(ClusterConfig(workers=2, device="cpu", address=head.address), None, [model])
     others = []
 
     def begin(mounts: str, *arguments: Path) -> RaySession:
-        others.append(join(head.address, mounts, *arguments))
-        session = RaySession(ClusterConfig(workers=2, device="cpu", address=head.address), tmp_path / "run", [model])
-        session.shared = None  # not asked before the second node is there
+        session.shared = None  # not asked before the new node is there
         session.connect()
+        others.append(join(head.address, mounts, *arguments))
         until = time.monotonic() + 90
-        while len(nodes_alive()) < 2:
-            assert time.monotonic() < until, "the second node does not come"
+        while len(nodes_alive()) <= len(others):
+            assert time.monotonic() < until, "the new node does not come"
             time.sleep(0.2)
         session.shared = tmp_path / "run"
         return session
@@ -72,18 +74,21 @@ def two_nodes(tmp_path: Path) -> Iterator[Join]:
 @pytest.mark.ray
 @pytest.mark.unshare
 @needs_unshare
-def test_nodes_that_see_the_same_are_asked_once(
+def test_nodes_that_see_the_same_are_asked_once_and_new_ones_when_they_come(
     two_nodes: Join, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = two_nodes("true")
     session.connect()
     assert list((tmp_path / "run").iterdir()) == [], "the probe leaves nothing"
 
-    def never(*_: Any) -> None:
-        raise AssertionError("asked again")
-
-    monkeypatch.setattr("mpruner_dist.cluster.session.require_same_view", never)
+    asked: list[list[Node]] = []
+    monkeypatch.setattr("mpruner_dist.cluster.session.require_same_view", lambda nodes, *_: asked.append(nodes))
     session.connect()
+    assert asked == []
+    known = set(nodes_alive())
+    two_nodes("true")  # one more
+    session.connect()
+    assert [set(nodes) for nodes in asked] == [set(nodes_alive()) - known]
 
 
 @pytest.mark.ray
@@ -177,7 +182,7 @@ def test_what_a_node_can_see_in_a_folder(tmp_path: Path) -> None:
 def test_doctor_on_two_nodes_puts_a_worker_on_each(
     two_nodes: Join, tmp_path: Path, mpruner: Callable[..., tuple[int, str]]
 ) -> None:
-    address = two_nodes("true").config.address
+    address = str(two_nodes("true").config.address)
     code, output = mpruner("doctor", "--address", address, "--device", "cpu")
     assert code == 1
     assert "failed  nodes: the cluster has 2 nodes: give --run-dir a folder on storage that all of them share" in output
@@ -186,3 +191,6 @@ def test_doctor_on_two_nodes_puts_a_worker_on_each(
     assert code == 0, output
     assert "ok      Ray: joined the cluster: 2 node(s), 4 CPUs" in output
     assert "other-node" in output
+    code, output = mpruner("env", "--json", env=os.environ | {"RAY_ADDRESS": address})
+    assert json.loads(output)["Ray"]["nodes"] == 2
+    assert address.split(":")[0] not in output
