@@ -127,7 +127,7 @@ def round_config(config: Config, base: Base, stride: int) -> Config:
 
 
 def _measure(road: Road, config: RoundsConfig, original: dict[str, Any]) -> dict[str, Any]:
-    """Rewrite, retrain and measure what the plan leaves, and decide."""
+    """Rewrite, retrain and measure what the plan leaves, and decide; what came to nothing is not tried again."""
     for stage in ("rewrite", *(["retrain"] if road.config.retrain is not None else []), "gate"):
         try:
             _walk(road, [stage])

@@ -67,7 +67,7 @@ def rounds_summary(record: Record) -> list[str]:
     sentences = [
         f"{len(record['rounds'])} round(s), {accepted} accepted. Each began from the last accepted model and was "
         f"judged on data that it was not trained on: {name}, {before} of the original, {record['limit']}. A round that "
-        "broke this, or whose training failed, was rolled back, and the next removed less (a larger stride).",
+        "broke this, or that came to nothing, was rolled back, and the next removed less (a larger stride).",
         f"The rounds ended: {record['stopped']}.",
     ]
     if not accepted:
