@@ -45,10 +45,10 @@ def address() -> Iterator[str]:
 def test_a_job_is_followed_left_stopped_and_submitted_again(
     address: str, settings: dict[str, Any], start: Mpruner, mpruner: Any, tmp_path: Path
 ) -> None:
-    make_text(tmp_path / "text.jsonl", records=3000)
+    make_text(tmp_path / "text.jsonl", records=8000)
     for part in ("calibration", "train", "validation", "test"):
         settings["data"][part]["path"] = "text.jsonl"  # seen from here
-    settings["collect"] |= {"num_batches": 600, "save_every": 1000}  # only a signal makes it save
+    settings["collect"] |= {"num_batches": 1500, "save_every": 2000}  # only a signal makes it save
     settings["retrain"] = None
     settings["cluster"]["address"] = "10.0.0.1:6379"
     config, run = write_config(tmp_path / "config.yaml", settings), tmp_path / "run"

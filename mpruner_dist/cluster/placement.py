@@ -94,18 +94,19 @@ def find_place(config: ClusterConfig, device: str, *, joined: bool, usable: Usab
         StageFailure: even `config.min_workers` do not fit.
         Preempted: a signal came while it waited.
     """
-    nodes, wanted = living_nodes(), config.workers
+    nodes, wanted, free = living_nodes(), config.workers, {}
     place = Place(wanted, device, config.cpus_per_worker or cpus_each(wanted, device, nodes, joined))
     if not joined:
         fit = min(wanted, sum(node.holds(place.resources) for node in nodes))
     elif _can_be_placed(place, config.wait_s):
         fit = wanted
     else:
+        free = ray.available_resources()  # before rooms are reserved to count them
         fit = _count_fitting(place)
     least = config.min_workers or wanted
     number = next((number for number in range(fit, least - 1, -1) if number == wanted or usable(number)), None)
     if number is None:
-        raise StageFailure(_refusal(config, place, fit, joined))
+        raise StageFailure(_refusal(config, place, fit, free if joined else None))
     if number < wanted:
         log.warning(
             "only %d of %d workers of %s fit: going on with %d (cluster.min_workers %d)",
@@ -145,10 +146,11 @@ def _count_fitting(place: Place) -> int:
             remove_placement_group(group)
 
 
-def _refusal(config: ClusterConfig, place: Place, fit: int, joined: bool) -> str:
+def _refusal(config: ClusterConfig, place: Place, fit: int, free: Resources | None) -> str:
+    """Why so few workers fit, what every node has, what to do; `free` is what nobody uses of a joined cluster."""
+    joined = free is not None
     nodes, each, least = living_nodes(), place.resources, config.min_workers or config.workers
     idle = sum(node.holds(each) for node in nodes)
-    free = ray.available_resources()
     where, waited = ("the Ray cluster", f" after {config.wait_s} s") if joined else ("this machine", "")
     if fit >= least:
         why = f"no number from {least} to {fit} divides the work: see retrain.batch_size and retrain.micro_batch_size"
@@ -157,12 +159,14 @@ def _refusal(config: ClusterConfig, place: Place, fit: int, joined: bool) -> str
     else:
         why = f"even if it were idle, only {idle} would fit, each on one node"
     has = "; ".join(f"{node.address} has {_amounts(node.has, each)}" for node in nodes)
+    if free is not None:
+        has += f"; free in all: {_amounts(free, each)}"
     ways = ["lower cluster.workers or cluster.cpus_per_worker", "add nodes"]
     if joined:
         ways += ["raise cluster.wait_s", "allow fewer with cluster.min_workers"]
     return (
-        f"{fit} of {place.workers} workers of {_words(each)} fit on {where}{waited}; {why}. {has}; free in all: "
-        f"{_amounts(free, each)}. {', '.join(ways[:-1]).capitalize()}, or {ways[-1]}"
+        f"{fit} of {place.workers} workers of {_words(each)} fit on {where}{waited}; {why}. {has}. "
+        f"{', '.join(ways[:-1]).capitalize()}, or {ways[-1]}"
     )
 
 

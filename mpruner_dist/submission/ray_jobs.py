@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 STOP_WAIT_S = 600
 """So long a job that is stopped may take to save before Ray kills it; Ray's own default is 3."""
 POLL_S = 1.0
+LAST_LINES = 20
+"""Of what Ray tells of a job that failed, which ends with the end of its log."""
 INTERRUPTED = 130
 
 
@@ -90,7 +92,9 @@ def job_status(job: str, address: str) -> str:
     line = f"{job}: {state}{code}, {seconds:.0f} s since it was submitted" + (
         f"; run folder {folder}" if folder else ""
     )
-    return line if state in ("RUNNING", "SUCCEEDED") else f"{line}\n{details.message or ''}".rstrip()
+    if state in ("RUNNING", "SUCCEEDED"):
+        return line
+    return "\n".join([line, *(details.message or "").strip().splitlines()[-LAST_LINES:]])
 
 
 def stop_job(job: str, address: str) -> str:
