@@ -247,5 +247,5 @@ def test_what_slurm_does_not_know_is_said(slurm: SlurmCluster, config: Path) -> 
     with pytest.raises(RuntimeError, match=r"(?s)exited with 2.*unrecognized option '--qoss=long'"):
         submit_by_command(slurm, config, config.parent / "refused", "--", "--qoss=long")
     with pytest.raises(RuntimeError, match=r"(?s)exited with 2.*invalid partition"):
-        submit_by_command(slurm, config, config.parent / "refused", "--partition", "fast")
+        submit_by_command(slurm, config, config.parent / "refused", "--partition", "fast", "--dry-run")
     assert not (config.parent / "refused").exists()

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -118,26 +119,44 @@ def submit(submissions: list[Submission]) -> list[str]:
         UserError: sbatch is not there, or refuses one; those before it are taken back.
     """
     jobs: list[str] = []
-    kept = {name: value for name, value in os.environ.items() if name not in NOT_FOR_JOBS}
-    environment = {"MPRUNER_PYTHON": sys.executable} | kept
     for submission in submissions:
-        command = submission.command(jobs[-1] if jobs else None)
         try:
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        except OSError as error:
-            raise UserError("sbatch is not on PATH: submit from a machine that Slurm knows") from error
-        if done.returncode:
+            said = _sbatch(submission.command(jobs[-1] if jobs else None))
+        except UserError:
             for job in jobs:
                 subprocess.run(["scancel", job], check=False)
-            raise UserError(f"Slurm refuses the job: {done.stderr.strip()}\nThe command was: {shlex.join(command)}")
-        jobs.append(done.stdout.strip().partition(";")[0])  # NUMBER, or NUMBER;CLUSTER
+            raise
+        jobs.append(said.strip().partition(";")[0])  # NUMBER, or NUMBER;CLUSTER
     return jobs
 
 
 def describe(submissions: list[Submission]) -> str:
-    """The commands that would be given, and the script."""
-    commands = [
-        shlex.join(submission.command("JOB-BEFORE" if number else None))
-        for number, submission in enumerate(submissions)
-    ]
-    return "\n".join([*commands, "", f"# {SCRIPT}", SCRIPT.read_text()])
+    """The commands that would be given, the script, and where there is Slurm, what it says to them.
+
+    Raises:
+        UserError: Slurm would refuse one.
+    """
+    lines = []
+    for number, submission in enumerate(submissions):
+        lines.append(shlex.join(submission.command("JOB-BEFORE" if number else None)))
+        if shutil.which("sbatch"):
+            alone = submission.command(None)
+            lines.append(f"# {_sbatch([alone[0], '--test-only', *alone[2:]]).strip()}")
+    return "\n".join([*lines, "", f"# {SCRIPT}", SCRIPT.read_text()])
+
+
+def _sbatch(command: list[str]) -> str:
+    """What sbatch says.
+
+    Raises:
+        UserError: it is not there, or refuses.
+    """
+    kept = {name: value for name, value in os.environ.items() if name not in NOT_FOR_JOBS}
+    environment = {"MPRUNER_PYTHON": sys.executable} | kept
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    except OSError as error:
+        raise UserError("sbatch is not on PATH: submit from a machine that Slurm knows") from error
+    if done.returncode:
+        raise UserError(f"Slurm refuses the job: {done.stderr.strip()}\nThe command was: {shlex.join(command)}")
+    return done.stdout or done.stderr  # --test-only speaks on the latter
