@@ -228,6 +228,24 @@ def test_tasks_keep_their_order_and_their_errors(session: RaySession, tmp_path: 
         session.run_tasks(double, [1, -1], tmp_path / "progress.json")
 
 
+def die_while_there_is_no(marker: str) -> str:
+    path = Path(marker)
+    if not path.exists():
+        path.with_name("begun").touch()
+        if path.name == "later":
+            path.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return path.name
+
+
+def test_a_task_whose_process_is_killed_is_given_to_another(session: RaySession, tmp_path: Path) -> None:
+    progress = tmp_path / "progress.json"
+    assert session.run_tasks(die_while_there_is_no, [str(tmp_path / "later")], progress) == ["later"]
+    assert (tmp_path / "begun").exists()
+    with pytest.raises(StageFailure, match=r"^die while there is no: a process was killed again and again"):
+        session.run_tasks(die_while_there_is_no, [str(tmp_path / "never")], progress)
+
+
 def test_more_than_the_cluster_has_is_said_before_anything_starts(session: RaySession, tmp_path: Path) -> None:
     greedy = RaySession(TWO.model_copy(update={"workers": 500}))
     with pytest.raises(StageFailure, match=r"^\d+ of 500 workers of 1 CPU fit on this machine; even if"):

@@ -39,12 +39,12 @@ def explain(error: TrainingFailedError, stage: str, logs: Path, workers: int, *,
         were = "".join(f", rank {rank}{_at(note)}" for rank, note in everyone.items() if note)
         cause = error.controller_failure if isinstance(error, ControllerError) else error
         what = "a worker was killed while the workers started" if were else "the workers did not start"
-        return f"{stage}: {what}{were} ({_first_line(cause)})"
+        return f"{stage}: {what}{were} ({first_line(cause)})"
     failures: dict[int, Exception] = error.worker_failures
     notes = {rank: everyone[rank] for rank in sorted(failures)}
     for rank, note in notes.items():
         if "raised" not in note:
-            return f"{stage}: {_who(rank, note)} was killed{_at(note)} ({_first_line(failures[rank])})"
+            return f"{stage}: {_who(rank, note)} was killed{_at(note)} ({first_line(failures[rank])})"
     rank = min(notes, key=lambda rank: float(notes[rank]["when"]))  # the others only lost their partner
     where, cause = f"{stage}: {_who(rank, notes[rank])} failed{_at(notes[rank])}", failures[rank]
     if isinstance(cause, MPrunerError):
@@ -53,7 +53,7 @@ def explain(error: TrainingFailedError, stage: str, logs: Path, workers: int, *,
     if lost is not None:
         return f"{stage}: {_who(lost, everyone[lost])} was lost with its node{_at(everyone[lost])}"
     raise StageFailure(
-        f"{where}: {notes[rank]['raised']}: {_first_line(cause)}; its log: {logs / f'{stage}-rank{rank}.log'}"
+        f"{where}: {notes[rank]['raised']}: {first_line(cause)}; its log: {logs / f'{stage}-rank{rank}.log'}"
     ) from error
 
 
@@ -94,5 +94,6 @@ def _at(note: dict[str, Any]) -> str:
     return f" at {note['doing']}" if "doing" in note else ""
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of its message, else its name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -16,7 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from mpruner_dist.cluster import preemption
 from mpruner_dist.cluster.address import cluster_address, require_listener
-from mpruner_dist.cluster.failures import explain
+from mpruner_dist.cluster.failures import explain, first_line
 from mpruner_dist.cluster.placement import Place, Usable, choose_device, find_place, living_nodes
 from mpruner_dist.cluster.probe import Node, nodes_alive, require_same_view
 from mpruner_dist.cluster.worker import Job, Worker, said, stop_request, worker_note
@@ -167,7 +167,15 @@ class RaySession:
                 self.connect()
 
     def run_tasks(self, function: Callable[[Item], Result], items: list[Item], progress: Path) -> list[Result]:
-        """`[function(item) for item in items]`, each call a Ray task; tells its progress to a file."""
+        """`[function(item) for item in items]`, each call a Ray task; tells its progress to a file.
+
+        A task whose process is killed, or whose node is lost, is given to another, three times.
+
+        Raises:
+            MPrunerError: what a task raised.
+            StageFailure: its process was killed each time.
+            Preempted: this process was told to stop by a signal.
+        """
         self.connect()
         remote = ray.remote(num_cpus=1)(function)
         label = function.__name__.replace("_", " ")
@@ -187,6 +195,8 @@ class RaySession:
             if isinstance(cause, MPrunerError):
                 raise type(cause)(str(cause)) from error
             raise
+        except ray.exceptions.RayError as error:
+            raise StageFailure(f"{label}: a process was killed again and again ({first_line(error)})") from error
 
     def resources(self) -> dict[str, float]:
         """What the cluster has, busy or free."""
