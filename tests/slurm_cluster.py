@@ -3,6 +3,7 @@
 import os
 import secrets
 import shutil
+import stat
 import subprocess
 import tempfile
 import time
@@ -11,6 +12,8 @@ from pathlib import Path
 
 COMMANDS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged", "unshare", "nsenter", "ip")
 NETWORK = "10.77.0"  # inside the namespaces only
+GPUS = 2
+"""Of a node; they are copies of /dev/null."""
 
 SLURM_CONF = """
 ClusterName=test
@@ -43,6 +46,7 @@ ReturnToService=2
 MinJobAge=86400
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
+GresTypes=gpu
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60 PreemptMode=REQUEUE
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
@@ -88,11 +92,15 @@ class SlurmCluster:
 
     def _write_files(self, cpus: int, memory_mb: int) -> None:
         lines = [
-            f"NodeName={name} NodeAddr={NETWORK}.{number + 11} CPUs={cpus} RealMemory={memory_mb} State=UNKNOWN"
+            f"NodeName={name} NodeAddr={NETWORK}.{number + 11} CPUs={cpus} RealMemory={memory_mb} "
+            f"Gres=gpu:{GPUS} State=UNKNOWN"
             for number, name in enumerate(self.names)
         ]
         conf = SLURM_CONF.format(network=NETWORK, root=self.root, nodes="\n".join(lines))
         (self.root / "slurm.conf").write_text(conf)
+        for number in range(GPUS):  # Slurm wants devices
+            os.mknod(self.root / f"gpu{number}", 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+        (self.root / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={self.root}/gpu[0-{GPUS - 1}]\n")
         (self.root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
         hosts = [f"{NETWORK}.1 ctl", *(f"{NETWORK}.{number + 11} {name}" for number, name in enumerate(self.names))]
         (self.root / "hosts").write_text("\n".join(["127.0.0.1 localhost", *hosts]) + "\n")

@@ -234,13 +234,14 @@ def test_a_chain_prunes_on_one_node_and_retrains_on_two(slurm: SlurmCluster, con
     run = config.parent / "chain"
     sets = ("--set", "cluster.cpus_per_worker=1", "--set", "collect.num_batches=20", "--set", "retrain.steps=5")
     first, second = submit_by_command(
-        slurm, config, run, *sets, "--then", "retrain", "--then-nodes", "2", "--", "--cpus-per-task=2"
+        slurm, config, run, *sets, "--then", "retrain", "--then-nodes", "2", "--", "--cpus-per-task=2", "--gres=gpu:2"
     )
     assert slurm.wait_for(first)["NumNodes"] == "1"
     assert (run / "pruned").exists()
     assert slurm.wait_for(second)["NumNodes"] == "2"
     assert (run / "retrained/model.safetensors").exists()
     assert "collect   done before" in log_of(config, second)
+    assert "Ray with --num-cpus=2 --num-gpus=2" in (run / "logs/ray-n2.log").read_text()
 
 
 def test_what_slurm_does_not_know_is_said(slurm: SlurmCluster, config: Path) -> None:
