@@ -115,7 +115,7 @@ def test_a_signal_during_a_task_is_heard_after_it(tmp_path: Path, monkeypatch: p
     engine = SimpleNamespace(module=SimpleNamespace(config=None), destroy=lambda: None)
     for name, value in {
         "start_deepspeed": None, "forward_settings": {}, "load_part": blocks, "inference_engine": engine,
-        "num_batches": 1, "score_part": score, "num_layers": 8,
+        "num_batches": 1, "score_part": score, "run_blocks": range(8),
         "read_checkpoint": SimpleNamespace(num_parameters=1, num_bytes=4),
     }.items():  # fmt: skip
         monkeypatch.setattr(job, name, lambda *_, value=value: value)

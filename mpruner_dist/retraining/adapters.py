@@ -11,7 +11,7 @@ from mpruner_dist.checkpoints.export import Weight
 from mpruner_dist.config import LoraConfig
 from mpruner_dist.errors import UserError
 from mpruner_dist.models.blocks import projections
-from mpruner_dist.models.stacks import only_blocks
+from mpruner_dist.models.stacks import run_stacks
 
 NAME = "default"
 
@@ -48,11 +48,14 @@ def attach_adapters(model: Any, config: LoraConfig, layers: list[int] | None, se
 
 def _targets(model: Any, config: LoraConfig, layers: list[int] | None) -> list[str]:
     """Full names of the projections that get adapters."""
-    blocks = only_blocks(model)
-    prefix = next(name for name, module in model.named_modules() if module is blocks)
+    blocks = [
+        (f"{stack.name}.{number}", block)
+        for stack in run_stacks(model)
+        for number, block in enumerate(model.get_submodule(stack.name))
+    ]
     found = [
-        (f"{layer}.{name}", f"{prefix}.{layer}.{name}")
-        for layer, block in enumerate(blocks)
+        (f"{layer}.{name}", f"{prefix}.{name}")
+        for layer, (prefix, block) in enumerate(blocks)
         if layers is None or layer in layers
         for name in projections(block)
     ]
