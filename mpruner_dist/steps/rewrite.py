@@ -14,7 +14,7 @@ def rewrite(road: Road) -> Step:
     def make() -> None:
         from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
 
-        if not plan.dropped:
+        if not plan.dropped and road.config.plan.method != "file":  # by hand: the original is to be retrained alone
             raise UserError(
                 f"the plan removes nothing: {road.folder / 'plan.json'} keeps all {plan.num_layers} layers. Lower "
                 "plan.threshold, or set plan.method partition with plan.keep_layers; cka.json has the similarities"
