@@ -20,11 +20,11 @@ from mpruner_dist.data.readers import make_reader
 from mpruner_dist.errors import UserError
 from mpruner_dist.evaluation.tasks import require_harness
 from mpruner_dist.logs import show_progress
-from mpruner_dist.models.blocks import num_layers
 from mpruner_dist.models.loading import quiet_transformers, read_config
-from mpruner_dist.models.naming import block_prefix
+from mpruner_dist.models.naming import layer_names
 from mpruner_dist.plan import read_plan
 from mpruner_dist.planning.budget import Budget
+from mpruner_dist.planning.clusters import stage_starts
 from mpruner_dist.planning.greedy import greedy_passes
 from mpruner_dist.retraining.matching import require_fitting_teacher
 from mpruner_dist.retraining.metrics import require_loggers
@@ -49,9 +49,10 @@ def describe(config: Config) -> Rows:
     source = resolve_source(config.model.path, config.model.revision)
     checkpoint = read_checkpoint(source)
     model_config = read_config(source, config.model.trust_remote_code)
-    depth = num_layers(model_config)
-    prefix = block_prefix(checkpoint.tensors, model_config, config.model.trust_remote_code)
-    sizes = layer_parameters(checkpoint, prefix, depth)
+    stacks = layer_names(checkpoint.tensors, model_config, config.model.trust_remote_code)
+    layers = [layer for of_stack in stacks.values() for layer in of_stack]
+    depth, sizes = len(layers), layer_parameters(checkpoint, layers)
+    fixed = stage_starts([len(of_stack) for of_stack in stacks.values()] if len(stacks) > 1 else [])
     require_targets(config.retrain, model_config, config.model.trust_remote_code)
     reader, reads = make_reader(config, source), FACTS[config.model.task].reads
     with TemporaryDirectory() as folder:
@@ -74,7 +75,7 @@ def describe(config: Config) -> Rows:
     )
     return [
         ("model", f"{config.model.path} ({model_config.model_type}, {config.model.dtype})"),
-        ("layers", f"{depth}, {prefix}.0 to {prefix}.{depth - 1}, at most {max(sizes) / 1e6:.2f} M parameters each"),
+        ("layers", f"{depth}, {layers[0]} to {layers[-1]}, at most {max(sizes) / 1e6:.2f} M parameters each"),
         ("parameters", f"{checkpoint.num_parameters:,}"),
         ("to read", f"{_bytes(checkpoint.num_bytes)} in {len(checkpoint.shards)} file(s)"),
         ("to write", _to_write(round_one, checkpoint, sizes)),
@@ -84,8 +85,8 @@ def describe(config: Config) -> Rows:
         ),
         ("workers", f"{_workers(config)}, device {config.cluster.device}, ZeRO stage {stage}"),
         ("collection", _collection(config, checkpoint, inference, depth)),
-        *_planning(round_one, checkpoint, sizes, parts),
-        *_retraining(round_one, source, checkpoint, prefix, sizes, parts.get("train")),
+        *_planning(round_one, checkpoint, sizes, fixed, parts),
+        *_retraining(round_one, source, checkpoint, layers, sizes, parts.get("train")),
         *_rounds(config),
         ("evaluation", _evaluation(config, checkpoint, inference, model_config, parts["test"])),
     ]  # fmt: skip
@@ -118,12 +119,14 @@ def _collection(config: Config, checkpoint: CheckpointFolder, settings: Settings
     )
 
 
-def _planning(config: Config, checkpoint: CheckpointFolder, sizes: list[int], parts: dict[str, Part]) -> Rows:
+def _planning(
+    config: Config, checkpoint: CheckpointFolder, sizes: list[int], fixed: set[int], parts: dict[str, Part]
+) -> Rows:
     """What a plan that is judged by its loss takes; nothing for others, which are instant."""
     plan = config.plan
     if plan.method == "file" or (plan.keep_layers is None and plan.target_parameters is None):
         return []
-    budget = Budget(plan, len(sizes), sizes, checkpoint.num_parameters - sum(sizes))
+    budget = Budget(plan, len(sizes), sizes, checkpoint.num_parameters - sum(sizes), fixed)
     remove = budget.least()
     if plan.method not in JUDGED:
         return [("plan", f"{plan.method}: {remove} layers go")]
@@ -157,7 +160,7 @@ def _sequences(config: Config, count: int) -> str:
 
 
 def _retraining(
-    config: Config, source: Path, checkpoint: CheckpointFolder, prefix: str, sizes: list[int], train: Part | None
+    config: Config, source: Path, checkpoint: CheckpointFolder, layers: list[str], sizes: list[int], train: Part | None
 ) -> Rows:
     retrain = config.retrain
     if retrain is None or train is None:
@@ -171,7 +174,7 @@ def _retraining(
         require_fitting_teacher(
             teacher, source, retrain.distillation, config.model.trust_remote_code, config.model.task
         )
-    trained = _trained(config, checkpoint, prefix, sizes)
+    trained = _trained(config, checkpoint, layers, sizes)
     epochs = retrain.steps * retrain.batch_size / len(train)
     return [
         (
@@ -200,7 +203,7 @@ def _rounds(config: Config) -> Rows:
     ]
 
 
-def _trained(config: Config, checkpoint: CheckpointFolder, prefix: str, sizes: list[int]) -> int:
+def _trained(config: Config, checkpoint: CheckpointFolder, names: list[str], sizes: list[int]) -> int:
     """Parameters that the optimizer has, at most: the plan is not made yet."""
     retrain, layers = config.retrain, len(sizes)
     if retrain is None:
@@ -208,7 +211,8 @@ def _trained(config: Config, checkpoint: CheckpointFolder, prefix: str, sizes: l
     if retrain.trainable == "neighbours" and config.plan.keep_layers is not None:
         layers = min(config.plan.keep_layers, 2 * (layers - config.plan.keep_layers))
     if retrain.lora is not None:
-        matrices = [info for name, info in checkpoint.tensors.items() if name.startswith(f"{prefix}.")]
+        within = tuple(f"{name}." for name in names)
+        matrices = [info for name, info in checkpoint.tensors.items() if name.startswith(within)]
         sides = sum(sum(info.shape) for info in matrices if len(info.shape) == 2)
         return sides * retrain.lora.rank * layers // len(sizes)
     return checkpoint.num_parameters if retrain.trainable == "all" else layers * max(sizes)

@@ -60,6 +60,7 @@ def settings(folder: Path) -> dict[str, Any]:
     settings["collect"] |= {"batch_size": 6, "samples": 40}
     settings["retrain"] |= {"steps": 16, "batch_size": 8, "micro_batch_size": 2, "learning_rate": 3e-3, "save_every": 8}
     settings["retrain"]["distillation"] |= {"weight": 0.3, "hidden_weight": 0.2}
+    settings["plan"]["keep_layers"] = 3
     settings["evaluate"] = {"batch_size": 7}
     return settings
 
@@ -67,8 +68,7 @@ def settings(folder: Path) -> dict[str, Any]:
 def test_a_classifier_is_pruned_retrained_and_measured(folder: Path, tmp_path: Path, mpruner: Run) -> None:
     """Two workers; what the original scores is what transformers alone finds, a text at a time and without padding."""
     config = write_config(tmp_path / "config.yaml", settings(folder))
-    code, output = mpruner("run", config, "--run-dir", tmp_path / "run", "--set", "plan.keep_layers=3",
-                           "--set", "cluster.workers=2")  # fmt: skip
+    code, output = mpruner("run", config, "--run-dir", tmp_path / "run", "--set", "cluster.workers=2")
     assert code == 0, output
     run = tmp_path / "run"
     assert set(IDLE) < set(json.loads((run / "plan.json").read_text())["dropped"])

@@ -16,6 +16,7 @@ import transformers
 from conftest import settings_for, write_config
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from mpruner_dist.config import Config, SourceConfig
 from mpruner_dist.data.images import LabelledImages, PixelFormat, make_images, pixel_format, read_idx
@@ -223,3 +224,65 @@ def test_a_vision_model_is_pruned_retrained_and_measured(idx: Path, tmp_path: Pa
     code, output = mpruner("run", tmp_path / "config.yaml", "--run-dir", tmp_path / "dry", "--dry-run")
     assert code == 0, output
     assert "6 batches of 10 images" in " ".join(output.split())
+
+
+def make_resnet(folder: Path, idle: list[tuple[int, int]]) -> None:
+    """A residual network of three stages; some blocks, by stage and number, do almost nothing."""
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(
+        num_channels=1, embedding_size=8, hidden_sizes=[8, 16, 16], depths=[3, 4, 3], layer_type="basic",
+        id2label=dict(enumerate(CLASSES)), label2id={name: n for n, name in enumerate(CLASSES)},
+    )  # fmt: skip
+    model = transformers.ResNetForImageClassification(config).train()
+    pixels = torch.from_numpy(some_images(64)[0]).float()[:, None] / 255
+    with torch.no_grad():
+        for stage, block in idle:
+            layer = model.resnet.encoder.stages[stage].layers[block].layer[-1]
+            layer.normalization.weight.mul_(1e-3)
+        for _ in range(30):  # running means of these images
+            model(pixel_values=(pixels - 0.5) / 0.5)
+    model.eval().save_pretrained(folder)
+
+
+@pytest.mark.ray
+def test_the_stages_of_a_cnn_are_pruned_apart(idx: Path, tmp_path: Path, mpruner: Run) -> None:
+    """Layers count from the first stage to the last; the first of a stage stays, and so does each stage's own plan."""
+    make_resnet(tmp_path / "model", [(0, 1), (1, 2), (2, 1)])
+    asked = settings_for(tmp_path)
+    asked["model"]["task"] = "image-classification"
+    asked["data"] = {
+        "calibration": {"path": str(idx), "take": [0, 0.3]},
+        "train": {"path": str(idx), "take": [0.3, 0.8]},
+        "validation": {"path": str(idx), "take": [0.8, 1]},
+        "test": {"path": str(idx), "split": "test"},
+    }
+    asked["collect"] |= {"unit": "image", "batch_size": 10, "num_batches": 6}
+    asked["plan"] = {"method": "anchor", "threshold": 0.9999, "protect_last": 0}
+    asked["retrain"] |= {"steps": 12, "batch_size": 8, "micro_batch_size": 4}
+    asked["retrain"]["distillation"] = {"weight": 0.2, "hidden_weight": 0.1}
+    config = write_config(tmp_path / "config.yaml", asked)
+    code, output = mpruner("run", config, "--run-dir", tmp_path / "run", "--set", "cluster.workers=2")
+    assert code == 0, output
+    run = tmp_path / "run"
+    plan = json.loads((run / "plan.json").read_text())
+    assert plan["dropped"] == [1, 5, 8]
+    similarity = json.loads((run / "cka.json").read_text())
+    assert list(similarity["stacks"].values()) == [3, 4, 3]
+    assert similarity["layers"][3] == "resnet.encoder.stages.1.layers.0"
+    model = transformers.AutoModelForImageClassification.from_pretrained(run / "retrained").eval()
+    assert model.config.depths == [2, 3, 2]
+    verify_checkpoint(run / "retrained")
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert [entry["layers"] for entry in evaluation.values()] == [10, 7, 7]
+    assert evaluation["pruned"]["loss"] == pytest.approx(evaluation["original"]["loss"], rel=0.05)
+    assert evaluation["retrained"]["loss"] < evaluation["pruned"]["loss"]
+    part = load_part(run / "data/test.safetensors")
+    pixels = (torch.from_numpy(part.pixels).float() / 255 - 0.5) / 0.5
+    with torch.no_grad():
+        logits = model(pixel_values=pixels).logits
+    loss = float(torch.nn.functional.cross_entropy(logits, torch.from_numpy(part.labels).long()))
+    assert evaluation["retrained"]["loss"] == pytest.approx(loss, rel=1e-4)
+    before, after = (load_file(run / name / "model.safetensors") for name in ("pruned", "retrained"))
+    means = [name for name in before if name.endswith("running_mean")]
+    assert means
+    assert all(not torch.equal(before[name], after[name]) for name in means)  # what was gathered is exported

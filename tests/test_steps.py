@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, make_model
+from safetensors.torch import load_file
 
 from mpruner_dist import pipeline
 from mpruner_dist.config import Config
@@ -15,12 +17,15 @@ from mpruner_dist.data.blocks import Blocks
 from mpruner_dist.errors import Preempted, UserError
 from mpruner_dist.evaluation import job
 from mpruner_dist.models.scoring import Score
+from mpruner_dist.plan import Plan
+from mpruner_dist.rewriting.rewrite import run_here
 from mpruner_dist.runs.commit import write_json
 from mpruner_dist.runs.folder import RunFolder, open_run
 from mpruner_dist.steps.evaluate import baseline
 from mpruner_dist.steps.plan import judge
 from mpruner_dist.steps.report import report
 from mpruner_dist.steps.retrain import _result_of
+from mpruner_dist.steps.rewrite import rewrite
 
 
 def config_for(tasks: Path) -> Config:
@@ -115,7 +120,7 @@ def test_a_signal_during_a_task_is_heard_after_it(tmp_path: Path, monkeypatch: p
     engine = SimpleNamespace(module=SimpleNamespace(config=None), destroy=lambda: None)
     for name, value in {
         "start_deepspeed": None, "forward_settings": {}, "load_part": blocks, "inference_engine": engine,
-        "num_batches": 1, "score_part": score, "num_layers": 8,
+        "num_batches": 1, "score_part": score, "run_blocks": range(8),
         "read_checkpoint": SimpleNamespace(num_parameters=1, num_bytes=4),
     }.items():  # fmt: skip
         monkeypatch.setattr(job, name, lambda *_, value=value: value)
@@ -147,3 +152,24 @@ def test_other_text_for_rounds_is_refused_with_a_command_that_rounds_take(
         pipeline.run(config, tmp_path / "run")
     pipeline.run(config, tmp_path / "run", last="evaluate", again=True)
     assert made == ["data", "rounds", "evaluate"]
+
+
+def test_only_a_plan_by_hand_may_keep_all_layers(tmp_path: Path) -> None:
+    """So that the original can be retrained alone, for comparison."""
+    make_model("llama", tmp_path / "model", num_hidden_layers=3)
+    data = {part: {"path": f"{part}.txt"} for part in ("calibration", "test")}
+
+    def made_by(plan: dict[str, Any]) -> Any:
+        config = Config.model_validate({"model": {"path": "m"}, "data": data, "plan": plan})
+        session = SimpleNamespace(run_tasks=lambda function, items, progress: run_here(function, items))
+        return SimpleNamespace(
+            config=config, source=tmp_path / "model", model_id="m", folder=tmp_path, session=session,
+            plan=lambda: Plan.keeping(3, [0, 1, 2]), kept=lambda plan: plan.kept,
+        )  # fmt: skip
+
+    with pytest.raises(UserError, match="the plan removes nothing"):
+        rewrite(made_by({"threshold": 0.99}))[2]()
+    rewrite(made_by({"method": "file", "file": "all.json"}))[2]()
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "pruned"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)

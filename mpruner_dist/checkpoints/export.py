@@ -22,7 +22,8 @@ Gather = Callable[..., AbstractContextManager[object]]
 class Weight:
     """Where the new value of a tensor comes from."""
 
-    parameter: torch.nn.Parameter
+    parameter: torch.Tensor
+    """Or a buffer, such as the running mean of a batch normalisation."""
     frozen: bool = False
     """The parameter must still have the value in the file, whose own bytes are then written."""
     beside: tuple[torch.nn.Parameter, ...] = ()
@@ -47,8 +48,8 @@ class Exported:
 
 def match_names(
     model: torch.nn.Module, checkpoint: CheckpointFolder, base: str, renamed: dict[str, str] | None = None
-) -> dict[str, torch.nn.Parameter]:
-    """The parameter of every tensor in the checkpoint.
+) -> dict[str, torch.Tensor]:
+    """The parameter, or the buffer, of every tensor in the checkpoint.
 
     Args:
         model: in memory.
@@ -59,11 +60,12 @@ def match_names(
     Raises:
         StageFailure: a tensor that is no parameter of the model under its name.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
     matched = {}
     for name, info in checkpoint.tensors.items():
         known = (name, f"{base}.{name}", (renamed or {}).get(name, name))
-        parameter = next((parameters[some] for some in known if some in parameters), None)
+        parameter = next((tensors[some] for some in known if some in tensors), None)
         if parameter is None or info.dtype not in TORCH_DTYPES:
             raise StageFailure(
                 f"{checkpoint.path}: tensor {name} ({info.dtype}) is no parameter of the model in memory, so that its "

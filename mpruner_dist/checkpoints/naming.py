@@ -11,11 +11,12 @@ def layer_of(name: str, prefix: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def layer_parameters(checkpoint: CheckpointFolder, prefix: str, depth: int) -> list[int]:
-    """Parameters of each layer."""
-    sizes = [0] * depth
+def layer_parameters(checkpoint: CheckpointFolder, layers: list[str]) -> list[int]:
+    """Parameters of each layer, given by names such as `model.layers.0`."""
+    sizes = dict.fromkeys(layers, 0)
     for name, info in checkpoint.tensors.items():
-        layer = layer_of(name, prefix)
-        if layer is not None:
-            sizes[layer] += info.num_elements
-    return sizes
+        parts = name.split(".")
+        for end in (index + 1 for index, part in enumerate(parts) if part.isdigit()):
+            if (layer := ".".join(parts[:end])) in sizes:
+                sizes[layer] += info.num_elements
+    return list(sizes.values())

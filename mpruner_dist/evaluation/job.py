@@ -12,9 +12,9 @@ from mpruner_dist.config import Config
 from mpruner_dist.data.blocks import num_batches
 from mpruner_dist.data.parts import load_part
 from mpruner_dist.evaluation.tasks import run_task
-from mpruner_dist.models.blocks import num_layers
 from mpruner_dist.models.engines import forward_settings, inference_engine
 from mpruner_dist.models.scoring import score_part
+from mpruner_dist.models.stacks import run_blocks
 from mpruner_dist.runs.commit import write_json
 from mpruner_dist.tasks import task_of
 
@@ -58,7 +58,7 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
         if worker.is_first:
             checkpoint = read_checkpoint(folder)
             write_json(results / f"{label}.json", {
-                "layers": num_layers(engine.module.config),
+                "layers": len(run_blocks(engine.module)),
                 "parameters": checkpoint.num_parameters,
                 "bytes": checkpoint.num_bytes,
                 "loss": score.loss,

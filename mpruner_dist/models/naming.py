@@ -9,7 +9,7 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 from mpruner_dist.checkpoints.naming import layer_of
 from mpruner_dist.errors import UserError
 from mpruner_dist.models.loading import empty_model
-from mpruner_dist.models.stacks import Stack, choose_stacks, find_stacks
+from mpruner_dist.models.stacks import Stack, choose_stacks, find_stacks, run_stacks
 
 
 def model_names(model: Any, names: Iterable[str]) -> dict[str, tuple[str, str | None]]:
@@ -38,6 +38,20 @@ def block_prefix(names: Iterable[str], config: Any, trust_remote_code: bool = Fa
     model = empty_model(config, trust_remote_code)
     [stack] = choose_stacks(find_stacks(model), config, [])
     return stack_prefix(model, stack, names)
+
+
+def layer_names(names: Iterable[str], config: Any, trust_remote_code: bool = False) -> dict[str, list[str]]:
+    """What a checkpoint calls the layers that a run counts, such as `model.layers.0`, by the stack that they are in.
+
+    Raises:
+        UserError: as `run_stacks` and `stack_prefix`.
+    """
+    model, names = empty_model(config, trust_remote_code), list(names)
+    found = {}
+    for stack in run_stacks(model):
+        prefix = stack_prefix(model, stack, names)
+        found[stack.name] = [f"{prefix}.{layer}" for layer in range(stack.depth)]
+    return found
 
 
 def stack_prefix(model: Any, stack: Stack, names: Iterable[str]) -> str:

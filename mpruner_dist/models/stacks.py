@@ -101,6 +101,23 @@ def choose_stacks(stacks: list[Stack], config: Any, keep: list[int] | dict[str, 
     return chosen
 
 
+def run_stacks(model: Any) -> list[Stack]:
+    """The stacks whose layers a run counts from first to last: the only one, or all stages of a vision model.
+
+    Raises:
+        UserError: several that do not follow one another, such as an encoder and a decoder.
+    """
+    stacks = find_stacks(model)
+    if len(stacks) > 1 and all(field.entry is not None for stack in stacks for field in stack.fields):
+        return stacks
+    return list(choose_stacks(stacks, model.config, []))
+
+
+def run_blocks(model: Any) -> torch.nn.ModuleList:
+    """The blocks of these stacks, one after another."""
+    return torch.nn.ModuleList(block for stack in run_stacks(model) for block in model.get_submodule(stack.name))
+
+
 def only_blocks(model: Any) -> Any:
     """The blocks of a model's only stack, or of the language model inside.
 

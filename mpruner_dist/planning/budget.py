@@ -1,6 +1,6 @@
 """How many layers must go. L layers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from mpruner_dist.config import PlanConfig
 from mpruner_dist.errors import UserError
@@ -20,16 +20,22 @@ class Budget:
         depth: L.
         parameters: of each layer; needed for `target_parameters`.
         other_parameters: of the model outside its layers.
+        fixed: layers that stay beside those that the configuration protects.
 
     Raises:
         UserError: so many layers cannot stay.
     """
 
     def __init__(
-        self, config: PlanConfig, depth: int, parameters: Sequence[int] | None = None, other_parameters: int = 0
+        self,
+        config: PlanConfig,
+        depth: int,
+        parameters: Sequence[int] | None = None,
+        other_parameters: int = 0,
+        fixed: Iterable[int] = (),
     ) -> None:
         self.config, self.depth = config, depth
-        self.protected = protected_layers(depth, config)
+        self.protected = protected_layers(depth, config) | set(fixed)
         self.most = depth - max(len(self.protected), 1)
         """Layers that can go: one always stays."""
         self.sizes, self.other = parameters or [], other_parameters

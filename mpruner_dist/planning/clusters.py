@@ -1,6 +1,6 @@
 """Groups of consecutive layers that compute nearly the same thing. L layers; cka_LL is a matrix [L, L]."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -8,6 +8,17 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 Clusters = list[list[int]]
+
+
+def stage_starts(stages: Sequence[int]) -> set[int]:
+    """The first layer of each stage, given how many layers each has."""
+    return {sum(stages[:stage]) for stage in range(len(stages))}
+
+
+def apart(cka_LL: Floats, starts: set[int]) -> Floats:
+    """The same matrix with layers of different stages as unlike as can be, so that none stands for another."""
+    stage_L = np.cumsum([layer in starts for layer in range(len(cka_LL))])
+    return np.where(stage_L[:, None] == stage_L, cka_LL, -1.0)
 
 
 def anchor_clusters(cka_LL: Floats, threshold: float) -> Clusters:

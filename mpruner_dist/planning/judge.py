@@ -20,7 +20,7 @@ from mpruner_dist.data.parts import Part, load_part
 from mpruner_dist.models.blocks import plain_blocks, skipped
 from mpruner_dist.models.engines import forward_settings, inference_engine
 from mpruner_dist.models.scoring import forward
-from mpruner_dist.models.stacks import only_blocks
+from mpruner_dist.models.stacks import run_blocks
 from mpruner_dist.planning.losses import Kept, Losses
 from mpruner_dist.runs.commit import write_json
 from mpruner_dist.tasks import Batch, summed_nll, task_of
@@ -62,7 +62,7 @@ class WorkersJudge:
         self.task = task_of(config.model)
         self.part: Part = load_part(spec["blocks"])
         self.engine = inference_engine(settings, Path(spec["model"]), config.model, worker.log)
-        self.stack = only_blocks(self.engine.module)
+        self.stack = run_blocks(self.engine.module)
         self.divided = zero_stage(settings) == 3
         self.plain = plain_blocks(self.stack, lambda: self._logits(range(1)))
         self.told, self.expected = 0.0, round(spec["passes"])

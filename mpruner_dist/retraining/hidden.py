@@ -24,7 +24,9 @@ class HiddenStates:
 
     def _keep(self, layer: int, _: torch.nn.Module, args: Any, output: Any) -> None:
         if self._states is not None:
-            self._states[layer] = hidden_states_of(output)
+            states = hidden_states_of(output)
+            # convolutions have the width before the places
+            self._states[layer] = states.flatten(2).transpose(1, 2) if states.dim() == 4 else states
 
     @contextmanager
     def recording(self) -> Iterator[list[torch.Tensor]]:

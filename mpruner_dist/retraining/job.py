@@ -17,7 +17,7 @@ from mpruner_dist.data.parts import Part, load_part
 from mpruner_dist.errors import Fruitless, StageFailure
 from mpruner_dist.models.engines import load_for
 from mpruner_dist.models.scoring import score_part
-from mpruner_dist.models.stacks import only_blocks
+from mpruner_dist.models.stacks import run_blocks
 from mpruner_dist.retraining.checkpoints import (
     Found,
     find_checkpoint,
@@ -28,7 +28,7 @@ from mpruner_dist.retraining.checkpoints import (
 from mpruner_dist.retraining.hidden import HiddenStates, logits_and_states
 from mpruner_dist.retraining.losses import mixed_loss
 from mpruner_dist.retraining.metrics import Metrics
-from mpruner_dist.retraining.preparation import prepare_model, trainable
+from mpruner_dist.retraining.preparation import prepare_model, share_normalisations, trainable
 from mpruner_dist.retraining.settings import DataOrder, hidden_size, training_settings
 from mpruner_dist.retraining.teacher import Teacher, make_teacher
 from mpruner_dist.runs.commit import commit_folder, write_json
@@ -96,7 +96,7 @@ class Trainer:
         self.metrics = Metrics(work, worker.is_first)
         self.hidden: HiddenStates | None = None
         if config.distillation is not None and config.distillation.hidden_weight:
-            blocks = only_blocks(engine.module)
+            blocks = run_blocks(engine.module)
             self.hidden = HiddenStates(blocks, list(range(len(blocks))))
         self.skipped = 0  # steps one after another in which float16 overflowed
         self.saved = 0
@@ -114,6 +114,7 @@ class Trainer:
             begun = time.monotonic()
             rate = self.engine.get_lr()[0]  # the scheduler then sets that of the next step
             loss = self._step(step, train, order)
+            share_normalisations(self.worker, self.engine.module)
             done = step + 1
             seconds = time.monotonic() - begun
             self.metrics.record({"step": done, "loss": loss, "lr": rate, "seconds": seconds})

@@ -6,10 +6,11 @@ import torch
 
 from mpruner_dist.checkpoints.export import Weight, match_names
 from mpruner_dist.checkpoints.folder import CheckpointFolder
+from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import RetrainConfig
 from mpruner_dist.errors import UserError
 from mpruner_dist.models.naming import model_names
-from mpruner_dist.models.stacks import only_blocks
+from mpruner_dist.models.stacks import run_blocks
 from mpruner_dist.retraining.adapters import attach_adapters
 
 
@@ -36,9 +37,14 @@ def prepare_model(
     parameters = match_names(model, pruned, str(model.base_model_prefix), renamed)
     if layers is not None:
         model.requires_grad_(False)
-        blocks = only_blocks(model)
+        blocks = run_blocks(model)
         for layer in layers:
             blocks[layer].requires_grad_(True)
+    if (layers is not None or config.lora is not None) and normalisations(model):
+        raise UserError(
+            f"{type(model).__name__} has batch normalisation, which changes in every forward pass: set "
+            "retrain.trainable all, and leave retrain.lora out"
+        )
     weights = {name: Weight(parameter) for name, parameter in parameters.items()}
     if config.lora is not None:
         adapters = attach_adapters(model, config.lora, layers, config.seed)
@@ -49,10 +55,26 @@ def prepare_model(
         # the other kind would need inputs with gradients, which frozen embeddings do not give
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
+    moving = {id(buffer) for module in normalisations(model) for buffer in module.buffers()}
     return {
-        name: weight if weight.parameter.requires_grad else Weight(weight.parameter, True, weight.beside, weight.added)
+        name: weight
+        if weight.parameter.requires_grad or id(weight.parameter) in moving
+        else Weight(weight.parameter, True, weight.beside, weight.added)
         for name, weight in weights.items()
     }
+
+
+def normalisations(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Batch normalisations: while they train, they gather running means and variances of what they see."""
+    return [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+
+
+def share_normalisations(worker: Worker, model: torch.nn.Module) -> None:
+    """Make the running means and variances of all workers their mean, so that each has the same."""
+    for module in normalisations(model):
+        for buffer in module.buffers():
+            if buffer.is_floating_point():
+                worker.sum_over_workers(buffer).div_(worker.world_size)
 
 
 def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -7,7 +7,7 @@ from mpruner_dist.config import LoraConfig, RetrainConfig
 from mpruner_dist.errors import UserError
 from mpruner_dist.models.blocks import projections
 from mpruner_dist.models.loading import empty_model
-from mpruner_dist.models.stacks import only_blocks
+from mpruner_dist.models.stacks import run_stacks
 
 
 def require_targets(config: RetrainConfig | None, model_config: Any, trust_remote_code: bool = False) -> None:
@@ -36,11 +36,14 @@ def target_names(model: Any, config: LoraConfig, layers: list[int] | None) -> li
     Raises:
         UserError: targets that the layers do not have, with the nearest names and all others.
     """
-    blocks = only_blocks(model)
-    prefix = next(name for name, module in model.named_modules() if module is blocks)
+    blocks = [
+        (f"{stack.name}.{number}", block)
+        for stack in run_stacks(model)
+        for number, block in enumerate(model.get_submodule(stack.name))
+    ]
     found = [
-        (name, f"{prefix}.{layer}.{name}")
-        for layer, block in enumerate(blocks)
+        (name, f"{prefix}.{name}")
+        for layer, (prefix, block) in enumerate(blocks)
         if layers is None or layer in layers
         for name in projections(block)
     ]

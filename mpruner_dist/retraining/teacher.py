@@ -11,7 +11,7 @@ from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config, DistillationConfig
 from mpruner_dist.data.parts import load_part
 from mpruner_dist.models.engines import inference_engine
-from mpruner_dist.models.stacks import only_blocks
+from mpruner_dist.models.stacks import run_blocks
 from mpruner_dist.retraining.hidden import HiddenStates, logits_and_states
 from mpruner_dist.retraining.likely_words import WordsOnDisk, write_likely_words
 from mpruner_dist.retraining.losses import Answer, likely_words
@@ -32,7 +32,7 @@ class LiveTeacher:
     def __init__(self, engine: Any, config: DistillationConfig, layers: list[int]) -> None:
         """`layers`: whose hidden states are wanted, one for each layer of the student."""
         self.engine, self.config = engine, config
-        self.hidden = HiddenStates(only_blocks(engine.module), layers) if config.hidden_weight else None
+        self.hidden = HiddenStates(run_blocks(engine.module), layers) if config.hidden_weight else None
 
     @torch.no_grad()
     def __call__(self, rows: list[int], inputs: dict[str, Any]) -> Answer:

@@ -17,7 +17,7 @@ from mpruner_dist.data.parts import Part, load_part
 from mpruner_dist.errors import StageFailure
 from mpruner_dist.models.blocks import activations_per_token
 from mpruner_dist.models.engines import forward_settings, inference_engine
-from mpruner_dist.models.stacks import only_blocks
+from mpruner_dist.models.stacks import run_blocks
 from mpruner_dist.similarity.samples import draw_samples
 from mpruner_dist.similarity.sums import BatchSums, Terms
 from mpruner_dist.similarity.tap import BatchStatistics, LayerTap
@@ -66,7 +66,7 @@ class Collection:
         self.task = task_of(config.model)
         self.part: Part = load_part(spec["blocks"])
         self.engine = inference_engine(settings, Path(spec["model"]), config.model, worker.log, head=False)
-        stack = only_blocks(self.engine.module)
+        stack = run_blocks(self.engine.module)
         self.tap = LayerTap(stack)
         self.at_once = self._batches_at_once(stack[0], zero_stage(settings))
         worker.begin_progress("collect", "batches", config.collect.num_batches, len(saved))

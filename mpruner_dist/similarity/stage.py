@@ -36,6 +36,7 @@ def write_cka(
     config: CollectConfig,
     measure: str = "states",
     decisions: Decisions | None = None,
+    stacks: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """Reduce the saved sums to `cka.json` and return its content.
 
@@ -46,6 +47,7 @@ def write_cka(
         config: what was asked for.
         measure: the stream that is planned by.
         decisions: what was to be settled, if that was asked for.
+        stacks: by name, how many of the layers are in each, where there are several.
 
     Raises:
         StageFailure: the HSIC of some layer with itself is not positive.
@@ -57,6 +59,7 @@ def write_cka(
     share_L = top_share(total)
     content = {
         "layers": layers,
+        "stacks": stacks,
         **measured(sums, "states"),
         "updates": measured(sums, "updates"),
         "block_influence": _listed(block_influence(total)),

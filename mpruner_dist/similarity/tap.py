@@ -5,6 +5,7 @@ Shape suffixes: N samples, M of them whose states are kept, D features, L layers
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,12 +55,16 @@ class BatchStatistics:
         self.not_finite.append(1 - torch.isfinite(norms_N).float().mean())
         if self.config.outlier_norm is not None:
             self.clean_N = self.clean_N.to(norms_N.device) & (norms_N <= self.config.outlier_norm * norms_N.median())
-        self.cosines_N.append(torch.cosine_similarity(inputs_ND, outputs_ND, dim=1))
+        same_shape = (
+            inputs_ND.shape == outputs_ND.shape
+        )  # else it is the first of a stage, and has no update of its input
+        cosine_N = torch.cosine_similarity(inputs_ND, outputs_ND, dim=1) if same_shape else torch.zeros_like(norms_N)
+        self.cosines_N.append(cosine_N)
         states_ND = self._scaled(outputs_ND)
         self.energies_N.append(self._energies(states_ND))
         self.varies.append(self.energies_N[-1].mean() > CONSTANT * states_ND.square().sum(1).mean())
         self.streams["states"].keep(states_ND)
-        self.streams["updates"].keep(self._scaled(outputs_ND - inputs_ND))
+        self.streams["updates"].keep(self._scaled(outputs_ND - inputs_ND if same_shape else outputs_ND))
 
     def terms(self) -> dict[str, Tensor]:
         """All terms, float64, on the CPU.
@@ -157,17 +162,23 @@ class LayerTap:
 
 
 def summed_angles(states_MD: list[Tensor]) -> Tensor:
-    """Angle / pi between every two states, summed over samples, float64 [S, S].
+    """Angle / pi between every two states, summed over samples, float64 [S, S]; 1 between those of different widths."""
+    total_SS = torch.full((len(states_MD), len(states_MD)), float(len(states_MD[0])), dtype=torch.float64)
+    for width in {state_MD.shape[1] for state_MD in states_MD}:
+        alike = [index for index, state_MD in enumerate(states_MD) if state_MD.shape[1] == width]
+        total_SS[np.ix_(alike, alike)] = _angles_of_equal_width([states_MD[index] for index in alike])
+    return total_SS.fill_diagonal_(0.0)
 
-    A few samples at a time: all at once the float32 copies of the states would be as large as the Gram matrices.
-    """
+
+def _angles_of_equal_width(states_MD: list[Tensor]) -> Tensor:
+    """A few samples at a time: all at once the float32 copies of the states would be as large as the Gram matrices."""
     total_SS = torch.zeros(len(states_MD), len(states_MD), dtype=torch.float64)
     for start in range(0, len(states_MD[0]), ANGLES_AT_ONCE):
         part_MSD = torch.stack([state_MD[start : start + ANGLES_AT_ONCE].double() for state_MD in states_MD], 1)
         unit_MSD = torch.nn.functional.normalize(part_MSD, dim=-1)
         cosine_MSS = (unit_MSD @ unit_MSD.transpose(1, 2)).clamp(-1.0, 1.0)
         total_SS += torch.arccos(cosine_MSS).sum(0).cpu() / torch.pi
-    return total_SS.fill_diagonal_(0.0)
+    return total_SS
 
 
 def _top_share(energies_N: Tensor) -> Tensor:

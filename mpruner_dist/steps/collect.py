@@ -25,9 +25,8 @@ def collect(road: Road) -> Step:
         inputs["settled"] = {"measure": plan.measure, "threshold": plan.threshold}
 
     def make() -> None:
-        from mpruner_dist.models.blocks import num_layers
         from mpruner_dist.models.loading import read_config
-        from mpruner_dist.models.naming import block_prefix
+        from mpruner_dist.models.naming import layer_names
         from mpruner_dist.retraining.targets import require_targets
         from mpruner_dist.similarity.collect import collect_job
         from mpruner_dist.similarity.stage import is_settled, write_cka
@@ -35,15 +34,17 @@ def collect(road: Road) -> Step:
         remote_code = road.config.model.trust_remote_code
         model_config = read_config(road.source, remote_code)
         require_targets(road.config.retrain, model_config, remote_code)  # now, not hours later
-        prefix = block_prefix(road.checkpoint.tensors, model_config, remote_code)
+        names = layer_names(road.checkpoint.tensors, model_config, remote_code)
         sums = road.work("stats", inputs)
         measure = road.config.plan.measure
         road.on_workers(
             "collect", collect_job, blocks=road.blocks("calibration"), sums=sums, model=road.source,
             is_settled=partial(is_settled, stream=measure, decisions=decisions) if decisions else None,
         )  # fmt: skip
-        layers = [f"{prefix}.{layer}" for layer in range(num_layers(model_config))]
-        content = write_cka(sums, layers, road.folder / "cka.json", road.config.collect, measure, decisions)
+        layers = [layer for of_stack in names.values() for layer in of_stack]
+        stacks = {stack: len(of_stack) for stack, of_stack in names.items()} if len(names) > 1 else None
+        target = road.folder / "cka.json"
+        content = write_cka(sums, layers, target, road.config.collect, measure, decisions, stacks)
         _tell(content)
 
     return inputs, ("cka.json",), make

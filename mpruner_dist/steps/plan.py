@@ -51,8 +51,7 @@ def plan(road: Road) -> Step:
 def measured(road: Road, section: PlanConfig) -> dict[str, Any]:
     """What `make_plan` is given of this run."""
     similarity = json.loads((road.folder / "cka.json").read_text())
-    prefix = similarity["layers"][0].rpartition(".")[0]
-    sizes = layer_parameters(road.checkpoint, prefix, len(similarity["layers"]))
+    sizes = layer_parameters(road.checkpoint, similarity["layers"])
     stream = similarity if section.measure == "states" else similarity["updates"]
     return {
         "cka": stream["cka"],
@@ -63,6 +62,7 @@ def measured(road: Road, section: PlanConfig) -> dict[str, Any]:
         "parameters": sizes,
         "other_parameters": road.checkpoint.num_parameters - sum(sizes),
         "at_least": _floor(road),
+        "stages": list((similarity.get("stacks") or {}).values()),
     }
 
 
@@ -111,11 +111,13 @@ def _floor(road: Road) -> int:
 
 def _judged(road: Road, given: dict[str, Any]) -> Plan:
     from mpruner_dist.planning.budget import Budget
+    from mpruner_dist.planning.clusters import stage_starts
     from mpruner_dist.planning.greedy import greedy_passes
     from mpruner_dist.planning.planner import judged_plan
 
     section = road.config.plan
-    budget = Budget(section, len(given["cka"]), given["parameters"], given["other_parameters"])
+    fixed = stage_starts(given["stages"])
+    budget = Budget(section, len(given["cka"]), given["parameters"], given["other_parameters"], fixed)
     passes = section.passes if section.method == "search" else greedy_passes(budget.most, budget.least())
     return Plan.model_validate(
         judge(road, {"losses": (0, judging_blocks(road))}, partial(judged_plan, **given), passes)

@@ -66,6 +66,7 @@ def _link_folder(source: Path, target: Path, plan: Plan) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial, copy_function=_link_weights)
     layers = json.loads((partial / "layer_map.json").read_text())
+    layers.pop("stacks", None)  # of the last round alone
     layers |= {"old_to_new": {str(old): new for new, old in enumerate(plan.kept)}, "new_to_old": plan.kept}
     write_json(partial / "layer_map.json", layers)
     commit_folder(partial, target)

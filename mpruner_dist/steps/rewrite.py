@@ -14,7 +14,7 @@ def rewrite(road: Road) -> Step:
     def make() -> None:
         from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
 
-        if not plan.dropped:
+        if not plan.dropped and road.config.plan.method != "file":  # by hand: the original is to be retrained alone
             raise UserError(
                 f"the plan removes nothing: {road.folder / 'plan.json'} keeps all {plan.num_layers} layers. Lower "
                 "plan.threshold, or set plan.method partition with plan.keep_layers; cka.json has the similarities"
@@ -22,7 +22,7 @@ def rewrite(road: Road) -> Step:
         rewrite_checkpoint(
             road.source,
             road.folder / "pruned",
-            plan.kept,
+            road.kept(plan),
             trust_remote_code=road.config.model.trust_remote_code,
             run_tasks=partial(road.session.run_tasks, progress=road.folder / "logs/progress.json"),
         )

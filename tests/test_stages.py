@@ -1,0 +1,119 @@
+"""Models of stages: one count of layers, plans that keep to their stage, running means that all workers share."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import on_ranks
+from families import make_family
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_plans import random_cka, some_losses
+
+from mpruner_dist.checkpoints.folder import read_checkpoint
+from mpruner_dist.checkpoints.naming import layer_parameters
+from mpruner_dist.cluster.worker import Worker
+from mpruner_dist.config import LoraConfig, PlanConfig, RetrainConfig
+from mpruner_dist.errors import UserError
+from mpruner_dist.models.loading import load_model, read_config
+from mpruner_dist.models.naming import layer_names
+from mpruner_dist.models.stacks import run_blocks
+from mpruner_dist.planning.planner import make_plan
+from mpruner_dist.retraining.preparation import normalisations, prepare_model, share_normalisations
+from mpruner_dist.similarity.tap import summed_angles
+
+STAGES = [3, 4, 5]
+STARTS = {0, 3, 7}
+METHODS = ["anchor", "chain", "complete", "partition", "influence", "last", "random", "greedy", "search"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 1000), remove=st.integers(1, 6))
+def test_the_first_layer_of_a_stage_stays_and_no_cluster_leaves_its_stage(method: str, seed: int, remove: int) -> None:
+    config = PlanConfig(method=method, keep_layers=12 - remove, protect_last=0)
+    cka = random_cka(seed, 12)
+    influence = [0.1 + layer for layer in range(12)]
+    plan = make_plan(cka, config, influence=influence, losses=some_losses(12, seed), stages=STAGES)
+    assert len(plan.dropped) == remove
+    assert not STARTS & set(plan.dropped)
+    for cluster in plan.clusters:
+        assert len({sum(layer >= start for start in STARTS) for layer in cluster}) == 1
+
+
+def test_a_threshold_lets_go_what_is_alike_within_a_stage() -> None:
+    cka = [[1.0] * 12] * 12
+    plan = make_plan(cka, PlanConfig(threshold=0.9, protect_last=0), stages=STAGES)
+    assert plan.clusters == [[0, 1, 2], [3, 4, 5, 6], [7, 8, 9, 10, 11]]
+    assert plan.kept == sorted(STARTS)
+    assert make_plan(cka, PlanConfig(threshold=0.9, protect_last=0)).kept == [0]
+    with pytest.raises(UserError, match="keeping 2 layers would remove one of the protected"):
+        make_plan(cka, PlanConfig(method="partition", keep_layers=2), stages=STAGES)
+
+
+def test_the_layers_of_all_stages_are_counted_in_order(tmp_path: Path) -> None:
+    model = make_family("resnet", tmp_path)
+    names = layer_names(read_checkpoint(tmp_path).tensors, read_config(tmp_path))
+    assert list(names) == [f"resnet.encoder.stages.{stage}.layers" for stage in range(4)]
+    layers = list(itertools.chain.from_iterable(names.values()))
+    blocks = run_blocks(model)
+    assert len(layers) == len(blocks) == 11
+    assert all(model.get_submodule(name) is block for name, block in zip(layers, blocks, strict=True))
+    sizes = layer_parameters(read_checkpoint(tmp_path), layers)
+    assert sizes == [sum(value.numel() for value in block.state_dict().values()) for block in blocks]
+    with pytest.raises(UserError, match="several stacks"):
+        run_blocks(make_family("t5", tmp_path / "t5"))
+
+
+def test_angles_are_measured_between_states_of_equal_width_alone() -> None:
+    draw = torch.Generator().manual_seed(0)
+    states = [torch.randn(6, width, generator=draw) for width in (4, 4, 9, 9)]
+    angles = summed_angles(states)
+    assert angles[0, 2] == angles[1, 3] == 6
+    for one, other in ((0, 1), (2, 3)):
+        cosine = torch.cosine_similarity(states[one].double(), states[other].double())
+        assert angles[one, other] == pytest.approx(float(cosine.arccos().sum() / torch.pi), rel=1e-9)
+    assert (angles.diagonal() == 0).all()
+
+
+def small_resnet(folder: Path) -> None:
+    sizes: dict[str, Any] = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [2, 2], "layer_type": "basic"}
+    transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes)).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("changes", [{"layers": [1]}, {"lora": LoraConfig()}])
+def test_part_of_a_model_with_batch_normalisation_is_not_trained(tmp_path: Path, changes: dict[str, Any]) -> None:
+    small_resnet(tmp_path)
+    model = load_model(tmp_path, "float32", kind="AutoModelForImageClassification")
+    config = RetrainConfig(lora=changes.get("lora"))
+    with pytest.raises(UserError, match="ResNetForImageClassification has batch normalisation"):
+        prepare_model(model, read_checkpoint(tmp_path), config, changes.get("layers"))
+
+
+def test_running_means_are_written_back_and_not_held_still(tmp_path: Path) -> None:
+    small_resnet(tmp_path)
+    model = load_model(tmp_path, "float32", kind="AutoModelForImageClassification")
+    weights = prepare_model(model, read_checkpoint(tmp_path), RetrainConfig(), None)
+    assert weights.keys() == read_checkpoint(tmp_path).tensors.keys()
+    assert not any(weight.frozen for weight in weights.values())
+    assert model.training
+
+
+def share(folder: str) -> None:
+    rank = torch.distributed.get_rank()
+    worker = Worker(rank, 3, rank, 3, "cpu", Path(folder), "retrain")
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(2), torch.nn.Linear(2, 2))
+    assert len(normalisations(model)) == 1
+    with torch.no_grad():
+        model[0].running_mean += rank
+        model[1].weight.fill_(rank)
+    share_normalisations(worker, model)
+    assert model[0].running_mean.tolist() == [1.0, 1.0]  # type: ignore[operator, union-attr]
+    assert model[1].weight.unique().tolist() == [rank]
+
+
+def test_workers_share_running_means_and_nothing_else(tmp_path: Path) -> None:
+    on_ranks(3, share, str(tmp_path))
