@@ -8,7 +8,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import make_tokenizer
+import transformers
+from conftest import SIZES, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from mpruner_dist.data.parts import load_part, save_part
 from mpruner_dist.data.prepare import prepare_data
 from mpruner_dist.data.sources import open_labelled
 from mpruner_dist.errors import UserError
+from mpruner_dist.models.loading import load_model
 from mpruner_dist.tasks import TASKS
 
 MOODS = ["sad", "glad", "neither"]
@@ -145,3 +147,30 @@ def test_every_token_of_a_text_counts_alike_where_states_are_compared() -> None:
     ids = np.ones((2, 4), np.int32)
     batch = CLASSIFY.batch(LabelledTexts(ids, np.array([4, 2]), np.array([0, 1])), torch.device("cpu"))
     assert batch.state_weights_BT.tolist() == [[0.25] * 4, [0.5, 0.5, 0, 0]]
+
+
+HEAD = TASKS["text-classification"].facts.auto_class
+
+
+def test_a_decoder_says_the_class_at_the_end_of_each_text_whatever_the_padding(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    model = load_model(tmp_path, "float32", kind=HEAD)
+    ids = np.random.default_rng(0).integers(3, 128, (3, 9)).astype(np.int32)
+    part = LabelledTexts(ids, np.array([9, 4, 6]), np.array([0, 1, 0]))
+    for row, length in enumerate(part.lengths):
+        ids[row, length:] = 0
+    with torch.no_grad():
+        together = model(**CLASSIFY.batch(part, torch.device("cpu")).inputs).logits
+        alone = [model(**CLASSIFY.batch(part.rows([row]), torch.device("cpu")).inputs).logits for row in range(3)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_the_head_of_its_task_is_refused(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2, vocab_size=128
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"classifier\.bias is missing.*set model\.task to what it was trained for"):
+        load_model(tmp_path, "float32", kind=HEAD)

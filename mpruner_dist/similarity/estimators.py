@@ -141,7 +141,7 @@ class MomentTerms:
         """Take the next layer's features.
 
         Raises:
-            UserError: the model is too wide for this.
+            UserError: the model is too wide for this, or its layers are not equally wide.
         """
         width = features_ND.shape[1]
         if self.layers * width > FEATURE_LIMIT:
@@ -150,6 +150,8 @@ class MomentTerms:
                 f"{(self.layers * width) ** 2 * 8 / 1e9:.2g} GB a batch: it is for models with layers x width up to "
                 f"{FEATURE_LIMIT}; use estimator debiased"
             )
+        if self.kept and self.kept[0].shape[1] != width:
+            raise UserError("collect.estimator feature needs layers of equal width, stages have not: use debiased")
         self.kept.append(features_ND.double())
 
     def terms(self, chosen_N: Tensor, groups_N: Tensor, orders_RN: Tensor) -> dict[str, Tensor]:
