@@ -8,6 +8,7 @@ import pytest
 import transformers
 import yaml
 from conftest import ROOT, Cli, make_text, make_tokenizer, write_config
+from test_images import make_resnet, some_images, write_idx
 
 
 def dry_run(command: Cli, tmp_path: Path, settings: dict[str, Any]) -> tuple[int, str]:
@@ -38,21 +39,34 @@ def make_classifier(folder: Path) -> None:
     (folder / "text.jsonl").write_text("\n".join(labelled))
 
 
+def stand_in(content: dict[str, Any], folder: Path, tiny: Path) -> None:
+    """Put a small model and made-up data in the place of those that a configuration names."""
+    task = content["model"].get("task", "causal-lm")
+    content["model"]["path"] = str(tiny / "model" if task == "causal-lm" else folder / "model")
+    content["plan"] = {"method": "anchor"}
+    content.get("rounds", {}).pop("remove", None)  # of other methods
+    if task == "image-classification":
+        make_resnet(folder / "model", [])
+        for prefix, count in (("train", 60_000), ("t10k", 200)):
+            pixels, labels = some_images(count)
+            write_idx(folder / f"{prefix}-images-idx3-ubyte", pixels)
+            write_idx(folder / f"{prefix}-labels-idx1-ubyte", labels)
+        content["data"] |= {part: source | {"path": str(folder)} for part, source in content["data"].items()}
+        return
+    make_text(folder / "text.jsonl", records=60_000)
+    if task == "text-classification":
+        make_classifier(folder)
+    bounds = [0.0, 0.5, 0.8, 0.9, 1.0]
+    for part, *take in zip(("calibration", "train", "validation", "test"), bounds, bounds[1:], strict=False):
+        content["data"][part] = {"path": str(folder / "text.jsonl"), "take": take}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_configuration_dry_runs(command: Cli, tmp_path: Path, tiny: Path, path: Path) -> None:
     """On a model and texts of this machine where its own are on a hub."""
     content = yaml.safe_load(path.read_text())
     if not Path(content["model"]["path"]).exists():
-        content["model"]["path"] = str(tiny / "model")
-        make_text(tmp_path / "text.jsonl", records=60_000)
-        if content["model"].get("task") == "text-classification":
-            content["model"]["path"] = str(tmp_path / "model")
-            make_classifier(tmp_path)
-        bounds = [0.0, 0.5, 0.8, 0.9, 1.0]
-        for part, *take in zip(("calibration", "train", "validation", "test"), bounds, bounds[1:], strict=False):
-            content["data"][part] = {"path": str(tmp_path / "text.jsonl"), "take": take}
-        content["plan"] = {"method": "anchor"}
-        content.get("rounds", {}).pop("remove", None)  # of other methods
+        stand_in(content, tmp_path, tiny)
     code, output = command("run", write_config(tmp_path / "config.yaml", content), "--dry-run")
     assert code == 0, output
 
