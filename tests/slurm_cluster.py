@@ -39,8 +39,9 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
 SlurmctldParameters=preempt_send_user_signal
-SlurmdTimeout=15
-MessageTimeout=10
+SlurmdTimeout=30
+# a message that a busy node answers too late is sent again after a minute, perhaps to the job's next start
+MessageTimeout=25
 KillWait=10
 ReturnToService=2
 MinJobAge=86400

@@ -92,7 +92,7 @@ def assert_nothing_is_left(slurm: SlurmCluster, job: str) -> None:
         own = ("unshare", "bash -c", "slurmd")
         left = [command for command in slurm.processes_of(name).values() if not command.startswith(own)]
         assert left == []
-    assert not Path(f"/tmp/mpruner-{os.getuid()}-{job}").exists()
+    assert list(Path("/tmp").glob(f"mpruner-{os.getuid()}-{job}-*")) == []
 
 
 def collected(run: Path) -> int:

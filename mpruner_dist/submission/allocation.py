@@ -70,7 +70,7 @@ class Allocation:
 
     @property
     def temporary(self) -> Path:
-        """Ray's folder on each node. Its name is short, for names of sockets end at 107 bytes."""
+        """The beginning of the name of Ray's folder on each node; short, for names of sockets end at 107 bytes."""
         return Path(os.environ.get("MPRUNER_TMP", "/tmp")) / f"mpruner-{os.getuid()}-{self.job}"
 
 
@@ -248,7 +248,8 @@ def _run_command(
             _end(signals.command)
             raise HeadLost(f"Ray ended under the command (srun ended with {nodes.returncode})")
         time.sleep(0.5)
-    return signals.command.returncode
+    code = signals.command.returncode
+    return code if code >= 0 else 128 - code  # ended by a signal
 
 
 def _end(process: "subprocess.Popen[bytes]", first: signal.Signals = signal.SIGTERM) -> None:

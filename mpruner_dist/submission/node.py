@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 
 from mpruner_dist.errors import MPrunerError, StageFailure
 from mpruner_dist.logs import set_up_logging
@@ -53,14 +54,14 @@ def ray_command(address: str, temporary: Path, environment: Mapping[str, str]) -
 
 
 def keep_ray(address: str, temporary: Path) -> None:
-    """Run Ray on this node until SIGUSR1 or SIGTERM.
+    """Run Ray on this node until SIGUSR1, which srun hands on; told by SIGTERM, srun would kill the step at once.
 
     Raises:
-        StageFailure: the head's Ray ended, or another's too often.
+        StageFailure: the head's Ray ended; or SIGTERM came, by which Slurm takes the node away.
     """
     stop = _Stop()
-    signal.signal(signal.SIGUSR1, stop)  # srun hands it on; told by SIGTERM, it would kill the step at once
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, stop)
     _own(temporary)
     command, name = ray_command(address, temporary, os.environ), os.environ["SLURMD_NODENAME"]
     log.info("node %s: Ray with %s", name, " ".join(word for word in command if word.startswith("--num")))
@@ -68,13 +69,16 @@ def keep_ray(address: str, temporary: Path) -> None:
         for start in range(MAX_STARTS):
             stop.child = subprocess.Popen(command)
             code = stop.child.wait()
+            if stop.asked == signal.SIGTERM:
+                raise StageFailure(f"node {name}: got SIGTERM")
             if stop.asked:
                 return
             if "--head" in command:
                 raise StageFailure(f"node {name}: the head's Ray ended with code {code}")
             log.warning("node %s: Ray ended with code %d; start %d of %d", name, code, start + 2, MAX_STARTS)
             time.sleep(2)
-        raise StageFailure(f"node {name}: Ray ended {MAX_STARTS} times; the run goes on without this node")
+        # no failure of this task: with it, srun would end the others
+        log.error("node %s: Ray ended %d times; the run must do without this node", name, MAX_STARTS)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # a process that ends may still write; it is in /tmp
 
@@ -83,11 +87,11 @@ class _Stop:
     """What the signals do."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked: int | None = None
         self.child: subprocess.Popen[bytes] | None = None
 
-    def __call__(self, *_: object) -> None:
-        self.asked = True
+    def __call__(self, number: int, _: FrameType | None) -> None:
+        self.asked = self.asked or number
         if self.child is not None:
             self.child.terminate()  # `ray start --block` ends the processes that it started
 
@@ -109,7 +113,8 @@ def main() -> None:
     set_up_logging()
     address, temporary = sys.argv[1:]
     try:
-        keep_ray(address, Path(temporary))
+        # a node's own, for some clusters of virtual machines share /tmp
+        keep_ray(address, Path(f"{temporary}-{os.environ['SLURM_NODEID']}"))
     except MPrunerError as error:
         log.error("%s", error)
         sys.exit(error.exit_code)
