@@ -179,6 +179,7 @@ def test_a_node_without_network_is_done_without(slurm: SlurmCluster, config: Pat
     run = config.parent / "fewer nodes"
     job = submit(slurm, config, run, "--nodes=1-2", settings=("cluster.min_workers=1", "cluster.wait_s=10"))
     wait_until(lambda: steps_done(run) >= 10, 300, "retraining")
+    assert slurm.facts(job)["NodeList"] == "n[1-2]"
     slurm.link("n2", "down")
     try:
         wait_until(lambda: slurm.facts(job)["NodeList"] == "n1", 180, "the job to begin again on one node")
