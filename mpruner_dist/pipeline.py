@@ -11,7 +11,7 @@ from mpruner_dist.config import Config
 from mpruner_dist.errors import UserError
 from mpruner_dist.road import Road
 from mpruner_dist.rounds import prune_in_rounds
-from mpruner_dist.runs.folder import RunFolder, open_run
+from mpruner_dist.runs.folder import Inputs, RunFolder, open_run
 from mpruner_dist.steps import ROUND_STEPS, STEPS
 from mpruner_dist.steps.compare import compare
 
@@ -23,7 +23,9 @@ OF_A_ROUND = ("collect", "plan", "rewrite", "retrain")
 """Stages that rounds walk themselves."""
 
 
-def run(config: Config, run_dir: Path, *, last: str = "report", again: bool = False) -> Path:
+def run(
+    config: Config, run_dir: Path, *, last: str = "report", again: bool = False, collected: Path | None = None
+) -> Path:
     """Walk the road up to the stage `last`; what is done already, from the same inputs, is not done again.
 
     Args:
@@ -31,6 +33,7 @@ def run(config: Config, run_dir: Path, *, last: str = "report", again: bool = Fa
         run_dir: where every artefact goes.
         last: the stage to stop after.
         again: if the inputs of `last` changed, make it anew; stages that this outdates are made by the next run.
+        collected: another run folder, whose similarities are taken over if they were made from the same inputs.
 
     Returns:
         The run folder.
@@ -39,6 +42,10 @@ def run(config: Config, run_dir: Path, *, last: str = "report", again: bool = Fa
         UserError: the input is wrong, or the folder was made by another configuration.
         StageFailure: a stage could not finish.
     """
+    if last not in (stages := stages_of(config)) and config.rounds is None:
+        raise UserError(f"there is no stage {last!r} to stop after; this run has {', '.join(stages)}")
+    if collected is not None and config.rounds is not None:
+        raise UserError("rounds measure similarities of their own: leave out --collected")
     if config.rounds is not None and last in OF_A_ROUND:
         raise UserError(
             f"with rounds, the stage {last} belongs to a round: give `mpruner run`, or --set rounds=null to walk the "
@@ -47,23 +54,40 @@ def run(config: Config, run_dir: Path, *, last: str = "report", again: bool = Fa
     with open_run(run_dir, config.to_yaml()) as folder:
         require_same_road(config, folder)
         with Road(config, folder) as road:
-            _walk(road, last, again)
+            _walk(road, last, again, collected)
     return folder.path
 
 
-def _walk(road: Road, last: str, again: bool) -> None:
+def _walk(road: Road, last: str, again: bool, collected: Path | None) -> None:
     config, folder, stages = road.config, road.folder, stages_of(road.config)
     position = stages.index(last) + 1
     for name in stages[:position]:
         if name == "evaluate" and config.rounds is not None:
             prune_in_rounds(road, again and last == name)
         inputs, outputs, make = STEPS[name](road)
+        if name == "collect" and collected is not None:
+            take_over(folder, inputs, collected)
         # in rounds, `mpruner collect` is refused
         command = "evaluate" if name == "data" and config.rounds is not None else COMMANDS[name]
         remedy = f"make it anew here with the same options: mpruner {command} CONFIG"
         folder.stage(name, inputs, outputs, make, remedy=remedy, replace=again and command == last)
     if again:
         forget_outdated(road, folder, stages[position:])
+
+
+def take_over(folder: RunFolder, inputs: Inputs, collected: Path) -> None:
+    """Take the similarities of another run over.
+
+    Raises:
+        UserError: there are none, or they were made from other inputs.
+    """
+    other = RunFolder(collected, "")
+    if not other.is_done("collect"):
+        raise UserError(f"{collected} has no similarities to take over: its stage collect is not done")
+    if differences := other.changes("collect", inputs):
+        listed = "\n".join(f"  {line}" for line in differences)
+        raise UserError(f"the similarities of {collected} were made from other inputs than this run's:\n{listed}")
+    folder.adopt("collect", other)
 
 
 def require_same_road(config: Config, folder: RunFolder) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.checkpoints.source import resolve_source
+from mpruner_dist.cluster.address import cluster_address
 from mpruner_dist.cluster.settings import read_deepspeed_config
 from mpruner_dist.config import Config
 from mpruner_dist.plan import Keep, Plan, read_plan
@@ -56,8 +57,20 @@ class Road:
         if self._session is None:
             from mpruner_dist.cluster.session import RaySession
 
-            self._session = RaySession(self.config.cluster)
+            self._session = RaySession(self.config.cluster, self.folder.path, self._model_folders())
         return self._session  # type: ignore[no-any-return]
+
+    def _model_folders(self) -> list[Path]:
+        """The folders outside the run's own that workers read."""
+        distillation = self.config.retrain and self.config.retrain.distillation
+        teacher = distillation and distillation.teacher
+        other = [Path(teacher).expanduser().absolute()] if teacher else []
+        return [self.source, *(folder for folder in other if folder.is_dir())]  # a hub id is fetched when it is needed
+
+    def join_cluster(self) -> None:
+        """Join a cluster that the configuration names now: what is wrong with it shall be told before long work."""
+        if cluster_address(self.config.cluster):
+            self.session.connect()
 
     def layer_of_original(self, layer: int) -> int:
         """The number that a layer had in the original model."""
@@ -106,7 +119,16 @@ class Road:
         work.mkdir(parents=True, exist_ok=True)
         return work
 
-    def on_workers(self, stage: str, job: Any, given: Inputs | None = None, **spec: Any) -> None:
-        """Run a job on all workers under a DeepSpeed configuration, `cluster.deepspeed` unless another is given."""
+    def on_workers(
+        self, stage: str, job: Any, given: Inputs | None = None, *,
+        usable: Callable[[int], bool] = lambda _: True, prepare: Callable[[int], None] = lambda _: None, **spec: Any,
+    ) -> None:  # fmt: skip
+        """Run a job on all workers under a DeepSpeed configuration, `cluster.deepspeed` unless another is given.
+
+        `usable` says whether a number of workers can share the work, `prepare` is called with it before they start.
+        """
         given = read_deepspeed_config(self.config.cluster.deepspeed) if given is None else given
-        self.session.run_workers(job, spec | {"config": self.config, "deepspeed": given}, stage, self.folder.path)
+        self.session.run_workers(
+            job, spec | {"config": self.config, "deepspeed": given}, stage, self.folder.path,
+            usable=usable, prepare=prepare,
+        )  # fmt: skip

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpruner_dist.config import CLUSTERED, Config, RoundsConfig
-from mpruner_dist.errors import UserError
+from mpruner_dist.errors import Fruitless, UserError
 from mpruner_dist.road import Road
 from mpruner_dist.runs.commit import write_json
 from mpruner_dist.runs.folder import RunFolder
@@ -49,6 +49,7 @@ def prune_in_rounds(road: Road, again: bool = False) -> None:
     original = json.loads((road.folder / "baseline.json").read_text())["original"]
     if (keep := road.config.plan.keep_layers or 1) >= original["layers"]:
         raise UserError(f"plan.keep_layers: rounds end at {keep} layers, and the model has only {original['layers']}")
+    _require_measure(config, original)
     base, stride = Base(0, road.config.model.path, list(range(original["layers"]))), 1
     history: list[dict[str, Any]] = []
     rejected: list[tuple[int, list[int]]] = []
@@ -80,7 +81,7 @@ def prune_in_rounds(road: Road, again: bool = False) -> None:
     _write(road, config, original, history, stop)
     log.info("rounds    end: %s", stop)
     if base.round == 0:
-        log.warning("no round stayed within the tolerance of %g: the original is kept as it is", config.tolerance)
+        log.warning("no round was accepted: the original is kept as it is")
     _walk(road, ["result"], again)
 
 
@@ -90,7 +91,7 @@ def _reason_to_stop(config: Config, base: Base, stride: int, done: int) -> str:
     if done == rounds.max_rounds:
         return f"rounds.max_rounds: {done} rounds are done"
     if stride > rounds.max_stride:
-        return f"no stride is left: at stride {rounds.max_stride} the tolerance was broken too"
+        return f"no stride is left: at stride {rounds.max_stride} a round was rolled back too"
     if len(base.layers) <= (config.plan.keep_layers or 1):
         return f"the budget is reached: {len(base.layers)} layers are left"
     return ""
@@ -127,7 +128,12 @@ def round_config(config: Config, base: Base, stride: int) -> Config:
 
 def _measure(road: Road, config: RoundsConfig, original: dict[str, Any]) -> dict[str, Any]:
     """Rewrite, retrain and measure what the plan leaves, and decide."""
-    _walk(road, ["rewrite", *(["retrain"] if road.config.retrain is not None else []), "gate"])
+    for stage in ("rewrite", *(["retrain"] if road.config.retrain is not None else []), "gate"):
+        try:
+            _walk(road, [stage])
+        except Fruitless as error:
+            road.folder.give_up(stage, str(error))
+            return {"accepted": False, "why": str(error)}
     candidate = json.loads((road.folder / "gate.json").read_text())["candidate"]
     share = less_is_better(config, original)
     change = candidate[config.metric] - original[config.metric]
@@ -146,6 +152,20 @@ def _measure(road: Road, config: RoundsConfig, original: dict[str, Any]) -> dict
     }
 
 
+def _require_measure(config: RoundsConfig, original: dict[str, Any]) -> None:
+    """Refuse what no share can be taken of.
+
+    Raises:
+        UserError: the original's value is not above 0 where the tolerance is a share of it.
+    """
+    if config.task and less_is_better(config, original) and original["task"] <= 0:
+        raise UserError(
+            f"{original['task_metric']} of the task {config.task.name} is {original['task']:g} for the original, and "
+            f"rounds.tolerance {config.tolerance:g} is a share of it, as of every metric of which less is better: "
+            "choose another rounds.task.metric or another task"
+        )
+
+
 def less_is_better(config: RoundsConfig, original: dict[str, Any]) -> bool:
     """Whether the metric is one that grows with the damage; its tolerance is a share of the original's then."""
     return config.metric == "perplexity" or bool(original.get("task_less_is_better", False))
@@ -158,7 +178,9 @@ def change_text(change: float, share: bool) -> str:
 
 def limit_text(config: RoundsConfig, share: bool) -> str:
     """What change is tolerated."""
-    return f"at most {100 * config.tolerance:+g} % is tolerated" if share else f"{-config.tolerance:+g} is tolerated"
+    if share:
+        return f"at most {100 * config.tolerance:+g} % is tolerated"
+    return f"a loss of at most {config.tolerance:g} is tolerated"
 
 
 def _write(

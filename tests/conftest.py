@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,9 @@ import pytest
 import torch
 import transformers
 import yaml
+from round_loop import Loop, make_config
 
+from mpruner_dist import cli
 from mpruner_dist.cluster.engine import start_deepspeed
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -27,6 +30,12 @@ SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
     "num_hidden_layers": 8, "vocab_size": 128, "max_position_embeddings": 128,
 }  # fmt: skip
+
+
+def can_unshare() -> bool:
+    """Whether a test may have mounts of its own."""
+    found = shutil.which("unshare") is not None
+    return found and subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
 
 
 def make_model(kind: str, folder: Path, *, seed: int = 0, spread: float = 0.3, **changes: Any) -> torch.nn.Module:
@@ -151,6 +160,26 @@ def write_config(path: Path, settings: dict[str, Any]) -> Path:
     return path
 
 
+Cli = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Run a command in this process: exit code, and everything it printed."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["mpruner", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        try:
+            cli.main()
+        except SystemExit as done:
+            code = done.code or 0
+        captured = capsys.readouterr()
+        return int(code), captured.out + captured.err
+
+    return run
+
+
 Mpruner = Callable[..., "subprocess.Popen[str]"]
 
 
@@ -184,3 +213,8 @@ def mpruner(start: Mpruner) -> Callable[..., tuple[int, str]]:
         return process.returncode, output
 
     return run
+
+
+@pytest.fixture
+def loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Loop]:
+    return lambda **options: Loop(tmp_path / "run", monkeypatch, make_config(**options))

@@ -3,36 +3,14 @@
 import json
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from conftest import ROOT, SMOL, make_text, write_config
-
-from mpruner_dist import cli
-
-Cli = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Run a command in this process: exit code, and everything it printed."""
-
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["mpruner", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        try:
-            cli.main()
-        except SystemExit as done:
-            code = done.code or 0
-        captured = capsys.readouterr()
-        return int(code), captured.out + captured.err
-
-    return run
+from conftest import SMOL, Cli, write_config
+from test_dry_run import dry_run
 
 
 @pytest.fixture
@@ -40,23 +18,6 @@ def model(tiny: Path, tmp_path: Path) -> Path:
     """A copy of the tiny model that a test may damage."""
     shutil.copytree(tiny / "model", tmp_path / "model")
     return tmp_path / "model"
-
-
-def dry_run(command: Cli, tmp_path: Path, settings: dict[str, Any]) -> tuple[int, str]:
-    return command("run", write_config(tmp_path / "config.yaml", settings), "--dry-run")
-
-
-def test_a_dry_run_says_what_would_happen_and_does_nothing(
-    command: Cli, tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    code, output = dry_run(command, tmp_path, settings)
-    assert code == 0, output
-    for words in ("llama", "8, model.layers.0 to model.layers.7",
-                  "7 batches of 2 x 32 tokens (448)", "6 steps of 4 x 32",
-                  "2 micro-batches of 2", "3 models", "ZeRO stage 1", "kB in", "a worker"):  # fmt: skip
-        assert words in output, words
-    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
 def a_first_shard(model: Path) -> Path:
@@ -132,6 +93,12 @@ def test_a_damaged_model_is_named(
         ("retrain", {"batch_size": 5}, r"retrain.batch_size 5 must be a multiple of .* = 2"),
         ("retrain", {"warmup_steps": 6}, "warmup_steps 6 must be less than steps 6"),
         ("retrain", {"deepspeed": "nowhere.json"}, "cannot read the DeepSpeed configuration nowhere.json"),
+        ("retrain", {"lora": {"targets": ["q_prj", "v_proj"]}}, r"projection 'q_prj' \(did you mean q_proj or "),
+        (
+            "retrain",
+            {"lora": {"targets": ["mlp.upproj"]}},
+            r"'mlp\.upproj' \(did you mean mlp\.up_proj or .* there are ",
+        ),
         ("retrain", {"distillation": {"top_k": 129}}, "top_k 129 is more than the 128 words of the vocabulary"),
         ("retrain", {"distillation": {"teacher": "./nowhere"}}, "'./nowhere': there is no such folder"),
         ("cluster", {"zero_stage": 2}, "Input should be 'auto', 0 or 3, got 2"),
@@ -226,111 +193,20 @@ def test_a_run_folder_that_is_something_else(command: Cli, tmp_path: Path, setti
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.txt"]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_every_configuration_dry_runs(command: Cli, tmp_path: Path, tiny: Path, path: Path) -> None:
-    """On a model and texts of this machine where its own are on a hub."""
-    content = yaml.safe_load(path.read_text())
-    if not Path(content["model"]["path"]).exists():
-        content["model"]["path"] = str(tiny / "model")
-        make_text(tmp_path / "text.jsonl", records=60_000)
-        bounds = [0.0, 0.5, 0.8, 0.9, 1.0]
-        for part, *take in zip(("calibration", "train", "validation", "test"), bounds, bounds[1:], strict=False):
-            content["data"][part] = {"path": str(tmp_path / "text.jsonl"), "take": take}
-        content["plan"] = {"method": "anchor"}
-        content.get("rounds", {}).pop("remove", None)  # of other methods
-    code, output = command("run", write_config(tmp_path / "config.yaml", content), "--dry-run")
-    assert code == 0, output
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "deepspeed").glob("*.json")), ids=lambda path: path.name)
-def test_every_deepspeed_configuration_is_completed(
-    command: Cli, tmp_path: Path, settings: dict[str, Any], path: Path
+def test_a_run_refuses_unknown_targets_of_adapters_before_it_collects(
+    command: Cli, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    settings["retrain"]["deepspeed"] = str(path)
-    code, output = dry_run(command, tmp_path, settings)
-    assert code == 0, output
-    assert f"ZeRO stage {json.loads(path.read_text())['zero_optimization']['stage']}" in output
-
-
-@pytest.mark.parametrize(
-    ("values", "told"),
-    [
-        ({}, "at most 0.08 M parameters trained, at most 1.6 MB a worker"),
-        ({"trainable": "neighbours"}, "at most 0.04 M parameters trained"),  # two gaps, four layers
-        ({"lora": {"rank": 1}}, "at most 0.00 M parameters trained"),
-        ({"distillation": {"top_k": 3, "cache": True}}, "at most 1.3 MB a worker"),
-        ({"deepspeed": str(ROOT / "configs/deepspeed/zero3_offload.json")}, "1.3 MB on cpu"),
-    ],
-)
-def test_the_dry_run_counts_what_is_trained(
-    command: Cli, tmp_path: Path, settings: dict[str, Any], values: dict[str, Any], told: str
-) -> None:
-    settings["retrain"] |= values
-    code, output = dry_run(command, tmp_path, settings)
-    assert code == 0, output
-    assert told in " ".join(output.split()), output
-
-
-@pytest.mark.parametrize(
-    ("plan", "cost"),
-    [
-        ({"method": "greedy", "keep_layers": 6}, "greedy: 2 layers go, 12 forward passes over 256 validation tokens"),
-        ({"method": "search", "keep_layers": 5, "passes": 9}, "search: 3 layers go, at most 9 forward passes"),
-        ({"method": "last", "keep_layers": 5}, "last: 3 layers go"),
-    ],
-)
-def test_a_dry_run_says_what_judging_plans_costs(
-    command: Cli, tmp_path: Path, settings: dict[str, Any], plan: dict[str, Any], cost: str
-) -> None:
-    settings["plan"] = plan | {"judge_blocks": 8}
-    code, output = dry_run(command, tmp_path, settings)
-    assert code == 0, output
-    assert cost in " ".join(output.replace("│", " ").split())
-
-
-def test_a_dry_run_tells_of_the_first_round(command: Cli, tmp_path: Path, settings: dict[str, Any]) -> None:
-    settings["plan"] = {"method": "greedy", "keep_layers": 2, "judge_blocks": 8}
-    settings["rounds"] = {"tolerance": 0.1, "remove": 2}
-    code, output = dry_run(command, tmp_path, settings)
-    assert code == 0, output
-    text = " ".join(output.replace("│", " ").split())
-    assert "greedy: 2 layers go, 12 forward passes" in text
-    assert "at most 8, the first as above; judged by perplexity on the validation part" in text
-    settings["plan"]["keep_layers"] = 8
-    code, output = dry_run(command, tmp_path, settings)
+    settings["retrain"]["lora"] = {"targets": ["gate"]}
+    code, output = command("run", write_config(tmp_path / "config.yaml", settings), "--run-dir", tmp_path / "run")
     assert code == 2
-    assert "the model has 8 layers, so that none would go" in output
+    assert "no layer has a projection 'gate' (did you mean gate_proj?); there are mlp.down_proj, " in output
+    assert "starting Ray" not in output
 
 
 def test_depths_go_with_a_comparison(command: Cli, tmp_path: Path, settings: dict[str, Any]) -> None:
     code, output = command("plan", write_config(tmp_path / "config.yaml", settings), "--depths", "1,2")
     assert code == 2
     assert "--depths goes with --compare" in output
-
-
-def commands_in_the_readme() -> list[str]:
-    lines = (ROOT / "README.md").read_text().splitlines()
-    return [line.split("#")[0].strip() for line in lines if line.startswith("    ")]
-
-
-def test_the_readmes_commands_exist() -> None:
-    known = {item.callback.__name__ for item in cli.app.registered_commands if item.callback}
-    used = [line for line in commands_in_the_readme() if "mpruner_dist " in line]
-    assert len(used) >= 6
-    for line in used:
-        assert line.split("mpruner_dist ")[1].split()[0] in known, line
-    for script in re.findall(r"bash (launch/\S+)", (ROOT / "README.md").read_text()):
-        assert (ROOT / script).is_file()
-    assert len((ROOT / "README.md").read_text().splitlines()) < 250
-
-
-def test_the_readmes_files_exist() -> None:
-    text = (ROOT / "README.md").read_text()
-    for name in re.findall(r"`((?:mpruner_dist|configs|tests|launch)/[\w/.]+)`", text):
-        assert (ROOT / name).exists(), name
-    for name in re.findall(r"`((?:data|similarity|planning|rewriting|retraining|evaluation|reporting|models|checkpoints"
-                           r"|cluster|runs)/(?:\w+\.py)?)`", text):  # fmt: skip
-        assert (ROOT / "mpruner_dist" / name).exists(), name
 
 
 @pytest.mark.smol

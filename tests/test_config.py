@@ -53,7 +53,8 @@ def full() -> dict[str, Any]:
         },
         "evaluate": {"batch_size": 1, "max_blocks": 9},
         "cluster": {
-            "workers": 3, "device": "cpu", "cpus_per_worker": 2, "zero_stage": 3, "deepspeed": "inference.json",
+            "workers": 3, "min_workers": 2, "wait_s": 0, "device": "cpu", "cpus_per_worker": 2,
+            "zero_stage": 3, "deepspeed": "inference.json",
             "address": "ray://host:10001", "max_restarts": 0,
         },
     }  # fmt: skip
@@ -261,6 +262,12 @@ def test_a_full_configuration_says_something_of_every_field(tmp_path: Path) -> N
     for section in ("model", "collect", "evaluate", "cluster"):
         for name in type(getattr(plain, section)).model_fields:
             assert getattr(getattr(config, section), name) != getattr(getattr(plain, section), name), name
+
+
+def test_the_fewest_workers_are_not_more_than_all(tmp_path: Path) -> None:
+    content = full()
+    content["cluster"]["min_workers"] = 4
+    assert "cluster: min_workers 4 must be at most workers 3" in refusal(tmp_path, content)
 
 
 def test_a_configuration_does_not_change(tmp_path: Path) -> None:

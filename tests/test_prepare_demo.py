@@ -1,13 +1,15 @@
 """The demo's data: nothing twice, nothing lost, nothing unchecked, and a model that speaks."""
 
 import hashlib
-import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import demo_text
+import fetching
 import numpy as np
+import prepare_demo
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,12 +19,8 @@ SCRIPT = ROOT / "launch" / "prepare_demo.py"
 SMOL = ROOT / "build" / "demo" / "SmolLM2-135M-Instruct"
 
 
-sys.path.insert(0, str(SCRIPT.parent))
-fetching, prepare_demo = (importlib.import_module(name) for name in ("fetching", "prepare_demo"))
-
-
 def normalised(texts) -> list[str]:
-    return [" ".join(part.split()) for text in texts for part in prepare_demo.split_paragraphs(text)]
+    return [" ".join(part.split()) for text in texts for part in demo_text.split_paragraphs(text)]
 
 
 # A small alphabet, so that paragraphs repeat within and between topics.
@@ -31,7 +29,7 @@ TEXTS = st.text(alphabet="ab \n\t", max_size=60)
 
 @given(topics=st.dictionaries(st.text(min_size=1, max_size=3), TEXTS, max_size=6), size=st.integers(1, 40))
 def test_no_paragraph_twice_and_none_lost(topics, size):
-    chunks = prepare_demo.cut_chunks(prepare_demo.unique_paragraphs(topics), size)
+    chunks = demo_text.cut_chunks(demo_text.unique_paragraphs(topics), size)
     kept = normalised(text for _, text in chunks)
     assert len(kept) == len(set(kept))
     assert set(kept) == set(normalised(topics.values()))
@@ -41,27 +39,27 @@ def test_no_paragraph_of_the_real_topics_twice_and_none_lost(tmp_path, capsys):
     from pydoc_data.topics import topics
 
     target = tmp_path / "topics.jsonl"
-    prepare_demo.write_topics(target)
+    demo_text.write_topics(target)
     lines = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
     kept = normalised(line["text"] for line in lines)
     assert len(kept) == len(set(kept))
     assert set(kept) == set(normalised(topics.values()))
     assert {line["topic"] for line in lines} <= set(topics)
     lengths = sorted(len(line["text"]) for line in lines)
-    assert lengths[0] >= prepare_demo.SHORTEST_CHUNK
-    assert lengths[len(lengths) * 9 // 10] <= prepare_demo.CHUNK_CHARACTERS
+    assert lengths[0] >= demo_text.SHORTEST_CHUNK
+    assert lengths[len(lengths) * 9 // 10] <= demo_text.CHUNK_CHARACTERS
     assert 250_000 < sum(lengths) < 600_000
     assert f"{len(lines)} texts" in capsys.readouterr().out
 
     first = target.read_bytes()
-    prepare_demo.write_topics(target)
+    demo_text.write_topics(target)
     assert target.read_bytes() == first, "the order is not the same each time"
     assert [path.name for path in tmp_path.iterdir()] == ["topics.jsonl"]
 
 
 def test_the_first_topic_by_name_keeps_a_shared_paragraph():
     topics = {"try": "A try  block.\n\nOnly here.", "compound": "A try\nblock.\n\n  \nMore."}
-    assert prepare_demo.unique_paragraphs(topics) == {
+    assert demo_text.unique_paragraphs(topics) == {
         "compound": ["A try\nblock.", "More."],
         "try": ["Only here."],
     }
@@ -69,7 +67,7 @@ def test_the_first_topic_by_name_keeps_a_shared_paragraph():
 
 def test_short_chunks_join_the_one_before_and_long_paragraphs_stand_alone():
     first, second, long, short = "a" * 300, "b" * 300, "c" * 5000, "d" * 10
-    chunks = prepare_demo.cut_chunks({"one": [first, second], "two": [long, short], "three": [short]}, size=400)
+    chunks = demo_text.cut_chunks({"one": [first, second], "two": [long, short], "three": [short]}, size=400)
     assert chunks == [("one", first), ("one", second), ("two", f"{long}\n\n{short}\n\n{short}")]
 
 

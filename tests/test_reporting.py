@@ -1,91 +1,19 @@
 import html
 import json
 import re
-from pathlib import Path
 
-import numpy as np
 import pytest
-import yaml
+from finished_run import DEPTH, STAGES, edit, make_config, make_run, similarities
 
 from mpruner_dist.config import Config
 from mpruner_dist.plan import Plan
 from mpruner_dist.reporting.figures import neighbours_figure, similarity_figure
-from mpruner_dist.reporting.report import CARD_MARKER, write_report
+from mpruner_dist.reporting.report import write_report
 from mpruner_dist.reporting.table import change_text, duration_text, parameters_text, perplexity_text
 from mpruner_dist.reporting.training import training
 from mpruner_dist.runs.digest import file_digest
 
-DEPTH, DROPPED = 6, [2, 4]
 SECTIONS = ["Result", "Similarity of the layers", "What was removed, and why", "Retraining", "Data", "The run"]
-STAGES = {"collect": {"state": "done", "seconds": 425.0}, "report": {"state": "running"}}
-
-
-def similarities(depth: int) -> tuple[np.ndarray, np.ndarray]:
-    distance = np.abs(np.subtract.outer(np.arange(depth), np.arange(depth)))
-    return np.exp(-0.02 * distance), 0.001 * distance
-
-
-def make_config(retrain: bool = True, **changes: dict) -> Config:
-    parts = ("calibration", "train", "validation", "test")
-    content: dict = {
-        "model": {"path": "owner/little-model"},
-        "data": {part: {"path": f"{part}.txt"} for part in parts},
-        "plan": {"method": "partition", "keep_layers": DEPTH - len(DROPPED)},
-    }
-    if retrain:
-        content["retrain"] = {"steps": 30}
-    return Config.model_validate(content | changes)
-
-
-def make_run(run: Path, retrain: bool = True) -> Path:
-    cka, stderr = similarities(DEPTH)
-    names = [f"model.layers.{layer}" for layer in range(DEPTH)]
-    angles, no_errors = np.abs(np.subtract.outer(np.arange(DEPTH + 1), np.arange(DEPTH + 1))) / 40, [0.01] * DEPTH
-    angles[2, 4] = angles[4, 2] = 0.01
-    measured = {"cka": cka.tolist(), "stderr": stderr.tolist()}
-    similarity = measured | {
-        "layers": names, "num_batches": 4, "asked_batches": 8, "num_samples": 99, "unit": "token", "open": None,
-        "estimator": "of some kind", "updates": measured, "block_influence": [0.5, 0.04, 0.03, 0.02, 0.01, 0.6],
-        "block_influence_stderr": no_errors, "angular_distance": angles.tolist(),
-        "angular_distance_stderr": (angles / 100).tolist(), "top_share": [0.02] * DEPTH, "dominated": [],
-        "null": {"mean": 0.0013, "quantile": 0.0456, "level": 0.99, "permutations": 4},
-    }  # fmt: skip
-    kept = [layer for layer in range(DEPTH) if layer not in DROPPED]
-    reasons = {str(layer): {"like": layer - 1, "cka": 0.98, "stderr": 0.001} for layer in DROPPED}
-    plan = {"num_layers": DEPTH, "kept": kept, "clusters": [[0], [1, 2], [3, 4], [5]], "reasons": reasons}
-    entry = {"bytes": 4000, "loss": 1.0, "tokens": 1234, "tokens_per_second": 10.0}
-    evaluation = {
-        "original": entry | {"layers": 6, "parameters": 1_000_000_000, "perplexity": 10.0},
-        "pruned": entry | {"layers": 4, "parameters": 800_000_000, "perplexity": 20.0},
-    }
-    parts = {
-        part: {"blocks": 2, "tokens": 16, "digest": "abc", "records_also_in": {}}
-        for part in ("calibration", "train", "validation", "test")
-    }
-    artefacts = {"cka": similarity, "plan": plan, "data/data": {"block_size": 8, "packed": True, "parts": parts}}
-    if retrain:
-        evaluation["retrained"] = evaluation["pruned"] | {"perplexity": 11.0}
-        artefacts["retrain"] = {"loss": [[1, 3.0], [2, 2.5]], "validation_loss": [[0, 3.1], [2, 2.6]]}
-    for name, content in (artefacts | {"evaluation": evaluation}).items():
-        path = run / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content))
-    for folder in ("pruned", "retrained") if retrain else ("pruned",):
-        (run / folder).mkdir()
-    return run
-
-
-def edit(path: Path, change) -> None:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-def front_matter(card: Path) -> dict:
-    before, matter, after = card.read_text().split("---\n", 2)
-    assert not before
-    assert after.startswith(CARD_MARKER)
-    return yaml.safe_load(matter)
 
 
 def test_the_report_has_every_section_in_order_and_the_numbers(tmp_path):
@@ -277,46 +205,6 @@ def test_updates_that_do_not_vary_are_unknown(tmp_path):
     page = html.unescape((run / "report.html").read_text())
     assert "<td>0.9802 ± 0.0010</td><td>unknown</td>" in page
     assert ">nan" not in page
-
-
-def test_the_model_card_can_be_read_by_the_hub(tmp_path):
-    config = make_config(model={"path": "owner/little-model", "trust_remote_code": True})
-    write_report(make_run(tmp_path), config, STAGES)
-    for folder in ("pruned", "retrained"):
-        assert front_matter(tmp_path / folder / "README.md") == {
-            "base_model": "owner/little-model",
-            "library_name": "transformers",
-            "tags": ["pruned", "mpruner-dist"],
-        }
-    card = (tmp_path / "retrained/README.md").read_text()
-    for expected in ("layers kept: 0-1, 3, 5", "layers removed: 2, 4", "| retrained (this one) | 4 (-33.3 %)"):
-        assert expected in card
-    assert "from_pretrained(folder, trust_remote_code=True)" in card
-    assert "## Retraining" in card
-    assert "## Retraining" not in (tmp_path / "pruned/README.md").read_text()
-
-
-@pytest.mark.parametrize("path", ["owner/little-model", "/models/little-model", "little-model"])
-def test_a_folder_is_no_base_model(tmp_path, monkeypatch, path):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "owner/little-model").mkdir(parents=True)
-    write_report(make_run(tmp_path), make_config(model={"path": path}), STAGES)
-    assert "base_model" not in front_matter(tmp_path / "pruned/README.md")
-
-
-def test_the_card_of_the_original_model_is_kept(tmp_path):
-    run = make_run(tmp_path)
-    (run / "pruned/README.md").write_text("---\nlicense: mit\n---\n# The original\n")
-    write_report(run, make_config(), STAGES)
-    card = (run / "pruned/README.md").read_text()
-    assert "ORIGINAL_README.md" in card
-    assert "ORIGINAL_README.md" not in (run / "retrained/README.md").read_text()
-    write_report(run, make_config(), STAGES)
-    assert (run / "pruned/README.md").read_text() == card
-    assert (run / "pruned/ORIGINAL_README.md").read_text() == "---\nlicense: mit\n---\n# The original\n"
-    (run / "pruned/README.md").write_text("# Rewritten by a person\n")
-    write_report(run, make_config(), STAGES)
-    assert (run / "pruned/README.md").read_text() == "# Rewritten by a person\n"
 
 
 @pytest.mark.parametrize("depth", [2, 12, 80, 126])

@@ -2,31 +2,25 @@
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import peft
 import pytest
 import torch
 from conftest import make_model, on_ranks
 from safetensors.torch import load_file
 
-from mpruner_dist.checkpoints.export import Exported, export_weights
 from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.cluster.worker import Worker
-from mpruner_dist.config import Config, DistillationConfig, RetrainConfig
+from mpruner_dist.config import Config, DistillationConfig
 from mpruner_dist.data.blocks import Blocks
 from mpruner_dist.data.parts import load_part, save_part
-from mpruner_dist.errors import StageFailure, UserError
+from mpruner_dist.errors import Fruitless, UserError
 from mpruner_dist.models.loading import load_model
 from mpruner_dist.retraining import job
 from mpruner_dist.retraining.freezing import beside_gaps
 from mpruner_dist.retraining.hidden import HiddenStates
 from mpruner_dist.retraining.losses import Answer, likely_words, mixed_loss
-from mpruner_dist.retraining.preparation import prepare_model, trainable
 from mpruner_dist.retraining.settings import DataOrder
 from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
 from mpruner_dist.tasks import TASKS
@@ -203,7 +197,9 @@ def adapters_are_trained(folder: Path) -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
     for tensor, value in exported(folder, "lora 1").items():
         torch.testing.assert_close(exported(folder, "lora 3")[tensor], value, rtol=1e-2, atol=2e-3)
-    with pytest.raises(UserError, match=r"no layer has a projection 'proj'; there are mlp\.down_proj, .*q_proj"):
+    with pytest.raises(
+        UserError, match=r"no layer has a projection 'proj' \(did you mean .*; there are mlp\.down_proj, .*q_proj"
+    ):
         retrain(folder, "lora wrong", {}, lora={"targets": ["proj"]})
     if not torch.ops.mkldnn._is_mkldnn_fp16_supported():  # few processors do
         with pytest.raises(UserError, match="does not compute in float16"):
@@ -252,35 +248,6 @@ def test_frozen_layers_adapters_and_cached_teachers(models: Path) -> None:
     on_ranks(2, all_in_turn, models)
 
 
-@contextmanager
-def whole(*_: torch.nn.Parameter) -> Iterator[None]:
-    yield
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_merging_is_that_of_peft(tmp_path: Path, kind: str) -> None:
-    """Tensor by tensor beside peft's own; GPT-2's matrices are transposed."""
-    make_model(kind, tmp_path / "model", num_hidden_layers=2)
-    checkpoint = read_checkpoint(tmp_path / "model")
-    model = load_model(tmp_path / "model", "float32")
-    config = RetrainConfig.model_validate({"lora": {"rank": 2, "alpha": 5.0}})
-    weights = prepare_model(model, checkpoint, config, None)
-    trained = trainable(model)
-    assert {parameter.shape[0] for parameter in trained if parameter.shape[0] == 2}
-    assert len(trained) == 2 * sum(weight.added is not None for weight in weights.values())
-    for parameter in trained:
-        parameter.data.normal_(0, 0.1)
-    export_weights(weights, checkpoint, tmp_path / "merged", whole, is_writer=True)
-    for module in model.modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer):
-            module.merge()
-    merged = load_file(tmp_path / "merged/model.safetensors")
-    for name, weight in weights.items():
-        assert torch.equal(merged[name], weight.parameter), name
-    head = model.get_output_embeddings()
-    assert not isinstance(head, peft.tuners.lora.LoraLayer)
-
-
 def test_the_layers_beside_gaps() -> None:
     assert beside_gaps([0, 1, 4, 5], 6) == [1, 2]
     assert beside_gaps([0, 2, 4], 5) == [0, 1, 2]
@@ -291,44 +258,19 @@ def test_the_layers_beside_gaps() -> None:
         beside_gaps([0, 1, 2], 3)
 
 
-def trainer_for(folder: Path, applied: bool = True, **options: Any) -> job.Trainer:
-    config = config_for(folder, **options).retrain
-    assert config is not None
-    engine = SimpleNamespace(was_step_applied=lambda: applied, module=None)
-    return job.Trainer(
-        Worker(0, 1, 0, 1, "cpu", folder, "retrain"), engine, TASKS["causal-lm"], None, config, folder / "work"
-    )
+def a_warm_up_of_all_steps_is_to_blame(folder: Path) -> None:
+    for steps, warmup, way_out in (
+        (2, 1, r"raise retrain\.steps, or lower retrain\.warmup_steps 1$"),
+        (1, 0, r"steps$"),
+    ):
+        with pytest.raises(Fruitless, match=f"the learning rate was 0 in all of them: .*{way_out}"):
+            retrain(folder, f"{steps} steps", {}, steps=steps, warmup_steps=warmup)
+    retrain(folder, "moved", {}, steps=2, warmup_steps=0)
 
 
-def test_a_loss_that_is_not_finite_names_step_blocks_and_the_checkpoint_that_is_left(tmp_path: Path) -> None:
-    trainer = trainer_for(tmp_path, micro_batch_size=2)
-    trainer.check(4, [True, True], [7, 3, 9, 1])
-    with pytest.raises(StageFailure, match=r"step 5 is not finite \(training blocks \[1, 9\]\).*no sharded checkpoint"):
-        trainer.check(4, [True, False], [7, 3, 9, 1])
-    trainer.saved = 2
-    with pytest.raises(StageFailure, match=r"blocks \[1, 3, 7, 9\].*work/step-000002 is kept"):
-        trainer.check(4, [False, False], [7, 3, 9, 1])
-
-
-def test_single_overflows_of_float16_pass_and_a_long_row_does_not(tmp_path: Path) -> None:
-    trainer = trainer_for(tmp_path, applied=False)
-    for step in range(job.OVERFLOWS - 1):
-        trainer.check(step, [True], [0])
-    trainer.engine.was_step_applied = lambda: True
-    trainer.check(15, [True], [0])
-    trainer.engine.was_step_applied = lambda: False
-    for step in range(job.OVERFLOWS - 1):
-        trainer.check(step, [True], [0])
-    with pytest.raises(StageFailure, match=r"gradients of 16 steps one after another, up to step 32, overflow float16"):
-        trainer.check(31, [True], [0])
-
-
-def test_training_that_moves_nothing_fails(tmp_path: Path) -> None:
-    config = config_for(tmp_path).retrain
-    assert config is not None
-    job.require_change(Exported(trained_tensors=3, changed_tensors=1), config)
-    with pytest.raises(StageFailure, match="none of the 3 trained tensors has changed after 3 steps"):
-        job.require_change(Exported(trained_tensors=3), config)
+@pytest.mark.ray  # as slow as those that start Ray: it imports DeepSpeed
+def test_training_within_the_warm_up_says_so(models: Path) -> None:
+    on_ranks(1, a_warm_up_of_all_steps_is_to_blame, models)
 
 
 def test_hidden_states_are_kept_only_while_they_are_asked_for() -> None:

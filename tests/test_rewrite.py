@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import make_model
+from conftest import can_unshare, make_model
 from safetensors.torch import load_file, save_file
 
 from mpruner_dist.checkpoints.folder import read_checkpoint
@@ -166,11 +166,6 @@ def test_verify_finds_what_is_missing_and_what_is_too_much(tmp_path: Path) -> No
         UserError, match=r"model\.norm\.weight is missing.*up_proj\.weight is \[3, 3\].*layers\.3\.extra is not asked"
     ):
         verify_checkpoint(tmp_path / "model")
-
-
-def can_unshare() -> bool:
-    found = shutil.which("unshare") is not None
-    return found and subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
 
 
 @pytest.mark.unshare

@@ -1,99 +1,17 @@
 """Rounds: what they decide, where they begin and why they end; and a whole loop on a small model."""
 
-import html
-import json
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_reporting import edit, make_run
+from round_loop import DEPTH, decisions, make_config
 
-from mpruner_dist import pipeline, rounds
+from mpruner_dist import pipeline
 from mpruner_dist.config import Config
-from mpruner_dist.errors import UserError
-from mpruner_dist.plan import Plan, read_plan
-from mpruner_dist.reporting.report import write_report
+from mpruner_dist.errors import Fruitless, Preempted, StageFailure, UserError
 from mpruner_dist.reporting.rounds import round_rows, rounds_figure, rounds_summary
 from mpruner_dist.reporting.status import status_of_rounds
-from mpruner_dist.runs.commit import write_json
-from mpruner_dist.runs.folder import open_run
-
-DEPTH = 12
-
-
-def make_config(tolerance: float = 0.1, metric: str = "perplexity", plan: dict | None = None, **options: Any) -> Config:
-    parts = ("calibration", "train", "validation", "test")
-    return Config.model_validate({
-        "model": {"path": "original"},
-        "data": {part: {"path": f"{part}.txt"} for part in parts},
-        "plan": plan or {"method": "anchor"},
-        "retrain": {"steps": 30},
-        "rounds": {"tolerance": tolerance, "metric": metric, **options},
-    })  # fmt: skip
-
-
-class Loop:
-    """The loop with stages that only write what the decisions need: real folders and manifests, no model."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
-        self.folder, self.config = folder, config
-        self.plan: Callable[[int, Any], list[int]] = lambda depth, plan: list(range(2, depth, plan.stride + 1))
-        self.value: Callable[[list[int]], float] = lambda kept: 10.0 + (DEPTH - len(kept)) / 10
-        self.made: list[str] = []
-        monkeypatch.setattr(rounds, "STEPS", {n: self.step(n) for n in ("collect", "plan", "rewrite", "retrain")})
-        monkeypatch.setattr(rounds, "ROUND_STEPS", {name: self.step(name) for name in ("baseline", "gate", "result")})
-        monkeypatch.setattr(rounds, "Road", self.road)
-
-    def road(self, config: Config, folder: Any, run: Any = None, layers: Any = None) -> Any:
-        def read() -> Plan:
-            return read_plan(folder / "plan.json")
-
-        return SimpleNamespace(config=config, folder=folder, run=run, plan=read, result=folder / "retrained")
-
-    def step(self, name: str) -> Any:
-        def step(road: Any) -> Any:
-            where = road.folder / f"{name}.json"
-            return {"model": road.config.model.path}, (where.name,), lambda: write_json(where, self.content(name, road))
-
-        return step
-
-    def content(self, name: str, road: Any) -> Any:
-        self.made.append(f"{road.folder.path.name} {name}")
-        if name == "plan":
-            depth = self.layers(road.config.model.path)
-            dropped = self.plan(len(depth), road.config.plan)
-            return Plan.keeping(len(depth), [at for at in range(len(depth)) if at not in dropped]).model_dump()
-        if name == "gate":
-            entry = json.loads((road.folder / "plan.json").read_text())
-            layers = self.layers(road.config.model.path)
-            kept = [layers[at] for at in entry["kept"]]
-            write_json(road.folder / "retrained.layers.json", kept)
-            value = self.value(kept)
-            counts = {"layers": len(kept), "parameters": 100 * len(kept)}
-            return {"candidate": counts | {"perplexity": value, "accuracy": value}}
-        if name == "baseline":
-            return {"original": {"layers": DEPTH, "parameters": 1200, "perplexity": 10.0, "accuracy": 0.5}}
-        return {}
-
-    def layers(self, path: str) -> list[int]:
-        known = Path(f"{path}.layers.json")
-        return json.loads(known.read_text()) if known.exists() else list(range(DEPTH))
-
-    def run(self) -> dict[str, Any]:
-        with open_run(self.folder, self.config.to_yaml()) as folder:
-            rounds.prune_in_rounds(self.road(self.config, folder))
-        return json.loads((self.folder / "rounds.json").read_text())
-
-
-@pytest.fixture
-def loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Loop]:
-    return lambda **options: Loop(tmp_path / "run", monkeypatch, make_config(**options))
-
-
-def decisions(record: dict[str, Any]) -> list[tuple[int, int, int, bool]]:
-    return [(len(entry["kept"]), entry["base"], entry["stride"], entry["accepted"]) for entry in record["rounds"]]
+from mpruner_dist.runs.folder import RunFolder, open_run
 
 
 def test_accepted_rounds_go_on_from_the_result_and_rejected_ones_from_the_last_accepted(loop: Any) -> None:
@@ -161,14 +79,79 @@ def test_without_retraining_a_round_goes_on_that_was_stopped_in_it(loop: Any, mo
     assert made.run()["rounds"][0]["seconds"] >= 0
 
 
+def test_a_round_whose_training_comes_to_nothing_is_rolled_back_and_not_trained_again(loop: Any) -> None:
+    """Nor where the run was killed before the decision was written."""
+    made = loop(tolerance=0.5, max_rounds=3)
+    content, trained = made.content, []
+
+    def diverge(name: str, road: Any) -> Any:
+        if name == "retrain" and road.folder.path.name == "round-02":
+            trained.append(name)
+            raise Fruitless("the loss of step 3 is not finite")
+        return content(name, road)
+
+    made.content = diverge
+    record = made.run()
+    assert decisions(record) == [(7, 0, 1, True), (4, 1, 1, False), (5, 1, 2, True)]
+    assert record["rounds"][1]["why"] == "the loss of step 3 is not finite"
+    assert round_rows(record)[1][-1] == "rolled back: the loss of step 3 is not finite"
+    assert dict(status_of_rounds(made.folder))["round-02 retrain"] == "given up: the loss of step 3 is not finite"
+    assert "<svg" in rounds_figure(record)
+    (made.folder / "rounds.json").unlink()
+    assert made.run() == record
+    assert trained == ["retrain"]
+
+
+def test_a_round_whose_model_has_no_finite_loss_is_rolled_back_without_retraining_too(loop: Any) -> None:
+    made = loop(tolerance=0.5, max_rounds=1)
+    made.config = made.config.model_copy(update={"retrain": None})
+
+    def value(kept: list[int]) -> float:
+        raise Fruitless("the model's loss on the text is not finite")
+
+    made.value = value
+    assert made.run()["rounds"][0]["why"] == "the model's loss on the text is not finite"
+
+
+def test_a_round_that_was_given_up_is_refused_to_other_training(loop: Any) -> None:
+    made = loop(tolerance=0.5, max_rounds=1)
+    content = made.content
+
+    def fail(name: str, road: Any) -> Any:
+        if name == "retrain":
+            raise Fruitless("nothing moved")
+        return content(name, road)
+
+    made.content = fail
+    assert made.run()["rounds"][0]["why"] == "nothing moved"
+    folder = RunFolder(made.folder / "round-01", "")
+    with pytest.raises(UserError, match="model: was 'original', is 'another'"):
+        folder.stage("retrain", {"model": "another"}, (), lambda: None, remedy="")
+
+
+@pytest.mark.parametrize("error", [StageFailure, Preempted, OSError])
+def test_any_other_failure_of_training_ends_the_run_and_is_tried_again(loop: Any, error: type[Exception]) -> None:
+    made = loop(tolerance=0.5, max_rounds=1)
+    content = made.content
+    made.content = lambda name, road: content(name, road) if name != "retrain" else fail(error)
+
+    def fail(error: type[Exception]) -> None:
+        raise error("a lost worker, a full disk, a signal")
+
+    with pytest.raises(error):
+        made.run()
+    made.content = content
+    assert decisions(made.run()) == [(7, 0, 1, True)]
+
+
 def test_a_first_round_beyond_the_tolerance_keeps_the_original_and_says_so(loop: Any, caplog: Any) -> None:
     made = loop(tolerance=0.001)
     with caplog.at_level("WARNING", "mpruner_dist"):
         record = made.run()
     assert [entry["accepted"] for entry in record["rounds"]] == [False, False, False]
     assert [entry["base"] for entry in record["rounds"]] == [0, 0, 0]
-    assert "no round stayed within the tolerance of 0.001: the original is kept as it is" in caplog.text
-    assert rounds_summary(record | {"metric": "perplexity"})[0].startswith("No round stayed within the tolerance")
+    assert "no round was accepted: the original is kept as it is" in caplog.text
+    assert rounds_summary(record | {"metric": "perplexity"})[0].startswith("No round was accepted")
 
 
 def test_clusters_of_single_layers_end_it(loop: Any) -> None:
@@ -223,7 +206,23 @@ def test_accuracy_is_judged_by_difference(loop: Any) -> None:
     made.value = lambda kept: next(values)
     record = made.run()
     assert [entry["accepted"] for entry in record["rounds"]] == [True, False]
-    assert record["rounds"][1]["why"] == "accuracy 0.5 -> 0.47, -0.0300, where -0.02 is tolerated"
+    assert record["rounds"][1]["why"] == "accuracy 0.5 -> 0.47, -0.0300, where a loss of at most 0.02 is tolerated"
+
+
+@pytest.mark.parametrize("value", [0.0, -1.5])
+def test_a_task_of_whose_value_no_share_can_be_taken_is_refused(loop: Any, value: float) -> None:
+    made = loop(tolerance=0.02, metric="task", task={"name": "quiz"})
+    content = made.content
+    of_task = {"task": value, "task_metric": "bits", "task_less_is_better": True}
+
+    def baseline(name: str, road: Any) -> Any:
+        return {"original": content(name, road)["original"] | of_task} if name == "baseline" else content(name, road)
+
+    made.content = baseline
+    with pytest.raises(
+        UserError, match=f"bits of the task quiz is {value:g} for the original.*another rounds.task.metric"
+    ):
+        made.run()
 
 
 def test_another_configuration_is_refused_with_the_way_out(loop: Any) -> None:
@@ -232,19 +231,6 @@ def test_another_configuration_is_refused_with_the_way_out(loop: Any) -> None:
     made.config = made.config.model_copy(update={"model": made.config.model.model_copy(update={"path": "another"})})
     with pytest.raises(UserError, match=r"model: was 'original', is 'another'\n.*mpruner evaluate CONFIG"):
         made.run()
-
-
-def test_what_is_told_of_rounds(loop: Any) -> None:
-    made = loop(tolerance=0.06)
-    record = made.run()
-    rows = round_rows(record)
-    assert rows[0][:7] == ("1", "original", "1", "2, 4, 6, 8, 10", "7", "0.0 M", "10.5")
-    assert (rows[0][7], rows[0][9], rows[1][9]) == ("+5.0 %", "accepted", "rolled back")
-    assert "<svg" in rounds_figure(record)
-    told = dict(status_of_rounds(made.folder))
-    assert told["round-01"].startswith("accepted: perplexity 10 -> 10.5")
-    assert told["round-02 gate"].startswith("done in")
-    assert told["rounds"].startswith("end: no stride is left")
 
 
 @pytest.mark.parametrize(
@@ -268,25 +254,6 @@ def test_configurations_that_make_no_rounds(changes: dict[str, Any], message: st
     content = make_config().model_dump(mode="json") | changes
     with pytest.raises(ValueError, match=message):
         Config.model_validate(content)
-
-
-@pytest.mark.parametrize("accepted", [True, False])
-def test_the_report_of_rounds(loop: Any, tmp_path: Path, accepted: bool) -> None:
-    made = loop(tolerance=0.06 if accepted else 0.001)
-    record = made.run()
-    run = make_run(tmp_path / "report", retrain=accepted)
-    (run / "rounds.json").write_text(json.dumps(record))
-    if not accepted:
-        edit(run / "evaluation.json", lambda evaluation: evaluation.pop("pruned"))
-        edit(run / "plan.json", lambda plan: plan.update(kept=list(range(6)), reasons={}))
-    write_report(run, made.config, {})
-    page = html.unescape((run / "report.html").read_text())
-    assert "<h2>Rounds</h2>" in page
-    assert f"The rounds ended: {record['stopped']}." in page
-    assert ("Nothing was removed." in page) == (not accepted)
-    assert ("the original is kept as it is" in page) == (not accepted)
-    if accepted:
-        assert "| 1 | original | 1 | 2, 4, 6, 8, 10 | 7 |" in (run / "retrained/README.md").read_text()
 
 
 def test_a_folder_is_either_of_rounds_or_of_a_road_walked_once(tmp_path: Path) -> None:

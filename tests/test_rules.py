@@ -15,23 +15,24 @@ PACKAGE = ROOT / "mpruner_dist"
 LEVELS = [
     {"errors", "logs"},
     {"config", "plan"},
-    {"config_file", "exchange"},
+    {"config_file", "exchange", "options"},
     {"runs"},
     {"cluster", "checkpoints", "data"},
     {"tasks"},
     {"models"},
-    {"similarity", "planning", "rewriting", "retraining", "evaluation", "reporting"},
+    {"similarity", "planning", "rewriting", "retraining", "evaluation", "reporting", "machine"},
     {"road"},
     {"steps"},
     {"rounds"},
     {"dry_run", "pipeline"},
+    {"commands", "submission"},
     {"cli"},
     {"__main__", "__init__"},
 ]
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 
 OWNERS = {
-    "ray": {"cluster"},
+    "ray": {"cluster", "submission"},
     "deepspeed": {"cluster"},
     "torch.distributed": {"cluster"},
     "safetensors": {"checkpoints", "data", "similarity", "retraining"},
@@ -41,7 +42,7 @@ OWNERS = {
     "pydantic": {"config", "config_file", "plan"},
     "yaml": {"config", "config_file", "exchange"},
     "lm_eval": {"evaluation"},
-    "typer": {"cli"},
+    "typer": {"cli", "commands", "options", "submission"},
     "matplotlib": {"reporting"},
     "jinja2": {"reporting"},
     "peft": {"retraining"},
@@ -56,7 +57,9 @@ NO_TORCH = {
     "planning.greedy", "planning.losses", "planning.planner", "planning.proposals", "planning.ranking",
     "planning.search", "similarity.finalise", "similarity.sums", "similarity.stage",
     "rewriting.finished", "rewriting.layout", "retraining.freezing", "retraining.settings",
-    "reporting", "road", "steps", "rounds", "pipeline", "cli",
+    "reporting", "road", "steps", "rounds", "pipeline", "commands", "options", "submission", "cli",
+    "machine.environment", "machine.hardware", "cluster.control_group", "cluster.look", "cluster.probe",
+    "cluster.facts", "cluster.address",
 }  # fmt: skip
 
 
@@ -149,7 +152,20 @@ def test_commands_are_the_documented_ones() -> None:
     from mpruner_dist.cli import app
 
     names = {command.callback.__name__ for command in app.registered_commands if command.callback}
-    assert names == {"run", "collect", "plan", "retrain", "evaluate", "report", "rewrite", "verify", "status"}
+    assert names == {
+        "run",
+        "collect",
+        "plan",
+        "retrain",
+        "evaluate",
+        "report",
+        "rewrite",
+        "verify",
+        "status",
+        "env",
+        "doctor",
+    }
+    assert [group.name for group in app.registered_groups] == ["submit"]
 
 
 def test_nothing_names_a_registry_or_a_home() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import DistillationConfig
 from mpruner_dist.data.blocks import Blocks
-from mpruner_dist.errors import StageFailure
+from mpruner_dist.errors import Fruitless
 from mpruner_dist.models.scoring import score_part
 from mpruner_dist.retraining.losses import (
     Answer,
@@ -137,7 +137,7 @@ def test_scoring_covers_every_block_once_after_a_warm_up_and_tells(tmp_path: Pat
 def test_a_loss_that_is_not_finite_fails_the_stage(tmp_path: Path, value: float) -> None:
     engine = Bigrams()
     engine.table[:, 0] = value
-    with pytest.raises(StageFailure, match="not finite"):
+    with pytest.raises(Fruitless, match="not finite"):
         score_part(worker(tmp_path), engine, NEXT_TOKEN, some_blocks([9, 9]), 2)
 
 

@@ -126,7 +126,10 @@ def test_a_signal_during_a_task_is_heard_after_it(tmp_path: Path, monkeypatch: p
         monkeypatch.setattr(job, name, lambda *_, value=value: value)
     monkeypatch.setattr(job, "run_task", run_task)
     nothing = dict.fromkeys(("barrier", "begin_progress", "log", "tell"), lambda *_: None)
-    worker: Any = SimpleNamespace(is_first=True, device=None, must_stop=lambda: bool(signals), stop=stop, **nothing)
+    nothing["select_on_first"] = lambda items, is_wanted: list(filter(is_wanted, items))
+    worker: Any = SimpleNamespace(
+        is_first=True, device=None, world_size=1, must_stop=lambda: bool(signals), stop=stop, **nothing
+    )
     models = {"original": tmp_path, "pruned": tmp_path}
     spec = {"config": config_for(tmp_path), "models": models, "results": tmp_path, "original": tmp_path}
     with pytest.raises(Preempted):

@@ -11,7 +11,7 @@ import torch
 from mpruner_dist.checkpoints.folder import CheckpointFolder
 from mpruner_dist.checkpoints.header import TensorInfo, build_header
 from mpruner_dist.checkpoints.slices import TORCH_DTYPES, read_slice
-from mpruner_dist.errors import StageFailure
+from mpruner_dist.errors import Fruitless, StageFailure
 from mpruner_dist.runs.commit import disk_errors
 
 Gather = Callable[..., AbstractContextManager[object]]
@@ -83,6 +83,7 @@ def export_weights(
     One tensor at a time is whole in memory. Values are cast to the dtype that they have in the files.
 
     Raises:
+        Fruitless: a value is not finite.
         StageFailure: the disk is full, a parameter has not the shape of its tensor, or a frozen one has moved.
     """
     counts = Exported()
@@ -128,7 +129,7 @@ def _new_value(weight: Weight, info: TensorInfo, path: Path, counts: Exported) -
         value = stored.to(sum_dtype) + weight.added().detach().cpu().reshape(-1).to(sum_dtype)
     value = value.to(stored.dtype)
     if not torch.isfinite(value).all():
-        raise StageFailure(f"{name} is not finite after retraining: lower retrain.learning_rate; nothing was exported")
+        raise Fruitless(f"{name} is not finite after retraining: lower retrain.learning_rate; nothing was exported")
     counts.trained_tensors += 1
     counts.trained_parameters += info.num_elements
     counts.changed_tensors += not torch.equal(_raw_bytes(value), _raw_bytes(stored))

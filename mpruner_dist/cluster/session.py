@@ -1,25 +1,27 @@
 """Ray: a machine's own or an existing cluster; worker actors for jobs, tasks for files."""
 
-import json
 import logging
 import os
 import shlex
 import shutil
-import socket
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import ray
-from ray.train import ControllerError, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from mpruner_dist.cluster import preemption
+from mpruner_dist.cluster.address import cluster_address, require_listener
+from mpruner_dist.cluster.failures import explain
+from mpruner_dist.cluster.placement import Place, Usable, choose_device, find_place, living_nodes
+from mpruner_dist.cluster.probe import Node, nodes_alive, require_same_view
 from mpruner_dist.cluster.worker import Job, Worker, said, stop_request, worker_note
 from mpruner_dist.config import ClusterConfig
-from mpruner_dist.errors import MPrunerError, Preempted, StageFailure
+from mpruner_dist.errors import MPrunerError, StageFailure
 from mpruner_dist.logs import ProgressWriter, show_progress
 
 log = logging.getLogger(__name__)
@@ -29,10 +31,29 @@ Result = TypeVar("Result")
 
 
 class RaySession:
-    """Connects at the first use, disconnects at the end of the `with` block."""
+    """Connects at the first use, disconnects at the end of the `with` block.
 
-    def __init__(self, config: ClusterConfig) -> None:
-        self.config = config
+    Args:
+        config: where and how wide.
+        shared: the folder that all nodes must be able to write to; None if they need not be asked.
+        folders: that they must be able to read.
+        spread: put workers on as many nodes as there are, and not on as few as hold them.
+        patience_s: how long a collective of torch may take.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        shared: Path | None = None,
+        folders: list[Path] | None = None,
+        *,
+        spread: bool = False,
+        patience_s: int = 1800,
+    ) -> None:
+        self.config, self.shared, self.folders = config, shared, folders or []
+        self.placement, self.patience_s = "SPREAD" if spread else "PACK", patience_s
+        self._probed: set[Node] = set()
+        self._device: str | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -42,10 +63,26 @@ class RaySession:
             ray.shutdown()
 
     def connect(self) -> None:
-        """Start Ray on this machine, or join the cluster that the configuration or RAY_ADDRESS names."""
-        if ray.is_initialized():
-            return
-        address = self.config.address or os.environ.get("RAY_ADDRESS")
+        """Start Ray on this machine, or join the cluster that the configuration or RAY_ADDRESS names.
+
+        Raises:
+            StageFailure: Ray does not start; or nodes of the cluster do not see the same folders and packages.
+        """
+        if not ray.is_initialized():
+            self._start()
+        if self.shared is not None:
+            self._probe(self.shared)
+
+    def _probe(self, shared: Path) -> None:
+        """Ask the nodes that have not been asked, also those that joined since."""
+        nodes = nodes_alive()
+        new = [node for node in nodes if node not in self._probed]
+        if len(nodes) > 1 and new:
+            require_same_view(new, shared, self.folders)
+            self._probed.update(new)
+
+    def _start(self) -> None:
+        address = cluster_address(self.config)
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         # Ray hands the interpreter's path to a shell as it is; a space in it would cut it in two.
         runtime_env = {"py_executable": shlex.quote(sys.executable)} if " " in sys.executable else {}
@@ -54,7 +91,7 @@ class RaySession:
         try:
             if address:
                 log.info("joining the Ray cluster at %s", address)
-                _require_listener(address)
+                require_listener(address)
                 ray.init(address=address, runtime_env=runtime_env, **quiet)
             else:
                 log.info("starting Ray on this machine")
@@ -65,37 +102,55 @@ class RaySession:
             raise StageFailure(f"Ray does not start on {where}: {error}") from error
         preemption.install()  # Ray has set a handler of its own for SIGTERM
 
-    def run_workers(self, job: Job, spec: dict[str, Any], stage: str, run_path: Path) -> None:
+    def run_workers(
+        self, job: Job, spec: dict[str, Any], stage: str, run_path: Path, *,
+        usable: Usable = lambda _: True, prepare: Callable[[int], None] = lambda _: None,
+    ) -> None:  # fmt: skip
         """Run `job(worker, spec)` on every worker; start all again when one was killed, so jobs must resume.
 
+        Args:
+            job: what each does.
+            spec: what it is given.
+            stage: its name.
+            run_path: the run folder.
+            usable: whether so many workers, fewer than `cluster.workers`, can share the work.
+            prepare: called with the number of workers each time before they start.
+
         Raises:
-            MPrunerError: what a worker raised, with its rank and host; or a worker killed too often.
+            MPrunerError: what a worker raised, with its rank and host; a worker killed too often; or no room.
             Preempted: a worker, or this process, was told to stop by a signal.
         """
         self.connect()
         with preemption.asking_first(stop_request(run_path / "logs", stage)):
-            self._run_workers(job, spec, stage, run_path)
+            self._run_workers(job, spec, stage, run_path / "logs", usable, prepare)
 
-    def _run_workers(self, job: Job, spec: dict[str, Any], stage: str, run_path: Path) -> None:
-        device = self._device()
-        logs = run_path / "logs"
-        settings = {"job": job, "spec": spec, "device": device, "logs": str(logs), "stage": stage}
-        cpus = self.config.cpus_per_worker or max(1, cpus_here() // self.config.workers)
-        resources: dict[str, float] = {"CPU": cpus, "GPU": 1} if device == "cuda" else {"CPU": cpus}
-        self._require_resources(resources)
+    def _run_workers(
+        self, job: Job, spec: dict[str, Any], stage: str, logs: Path, usable: Usable, prepare: Callable[[int], None]
+    ) -> None:
         said(logs, stage).unlink(missing_ok=True)
         for attempt in range(self.config.max_restarts + 1):
+            place = self._find_place(usable)
+            prepare(place.workers)
+            preemption.stop_if_told()
             for rank in range(self.config.workers):
                 worker_note(logs, stage, rank).unlink(missing_ok=True)
+            settings = {"job": job, "spec": spec, "device": place.device, "logs": str(logs), "stage": stage}
             trainer = TorchTrainer(
                 _run_job,
-                train_loop_config=settings | {"cpus": cpus},
-                torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo"),
-                scaling_config=ScalingConfig(
-                    num_workers=self.config.workers, use_gpu=device == "cuda", resources_per_worker=resources
+                train_loop_config=settings | {"cpus": place.cpus},
+                torch_config=TorchConfig(
+                    backend="nccl" if place.device == "cuda" else "gloo", timeout_s=self.patience_s
                 ),
-                run_config=RunConfig(name=f"{stage}-{time.time_ns()}", storage_path=str(logs / "ray")),
-            )
+                scaling_config=ScalingConfig(
+                    num_workers=place.workers, use_gpu=place.device == "cuda", resources_per_worker=place.resources,
+                    placement_strategy=self.placement,
+                ),
+                run_config=RunConfig(
+                    name=f"{stage}-{time.time_ns()}", storage_path=str(logs / "ray"),
+                    # else Ray Train would wait for ever for workers that cannot start
+                    failure_config=FailureConfig(controller_failure_limit=0),
+                ),
+            )  # fmt: skip
             try:
                 with show_progress(logs / "progress.json"):
                     trainer.fit()
@@ -103,7 +158,7 @@ class RaySession:
                 _repeat(said(logs, stage))
                 return
             except TrainingFailedError as error:
-                lost = self._explain(error, stage, logs)
+                lost = explain(error, stage, logs, place.workers, joined=cluster_address(self.config) is not None)
                 # A worker that dies while the group starts leaves its resources reserved; leaving Ray frees them.
                 ray.shutdown()
                 if attempt == self.config.max_restarts:
@@ -133,50 +188,18 @@ class RaySession:
                 raise type(cause)(str(cause)) from error
             raise
 
-    def _device(self) -> str:
-        if self.config.device != "auto":
-            return self.config.device
-        return "cuda" if ray.cluster_resources().get("GPU", 0) >= self.config.workers else "cpu"
+    def resources(self) -> dict[str, float]:
+        """What the cluster has, busy or free."""
+        return dict(ray.cluster_resources())
 
-    def _require_resources(self, per_worker: dict[str, float]) -> None:
-        have = ray.cluster_resources()
-        for name, amount in per_worker.items():
-            needed = amount * self.config.workers
-            if have.get(name, 0) < needed:
-                raise StageFailure(
-                    f"{self.config.workers} workers of {amount:g} {name} need {needed:g}, the Ray cluster has "
-                    f"{have.get(name, 0):g}: lower cluster.workers or cluster.cpus_per_worker, or add nodes"
-                )
+    def device(self) -> str:
+        """Where workers compute, cpu or cuda: for all stages the same, for a lost node must not take the GPUs away."""
+        self._device = self._device or choose_device(self.config, living_nodes())
+        return self._device
 
-    def _explain(self, error: TrainingFailedError, stage: str, logs: Path) -> str:
-        """Say which worker was killed; raise what a worker raised itself, for that would only happen again."""
-        _raise_if_preempted(stage, _read_notes(logs, stage, range(self.config.workers)))
-        if not isinstance(error, WorkerGroupError):
-            # Ray Train lost a worker before it had heard from all of them, and does not say which.
-            begun = _read_notes(logs, stage, range(self.config.workers))
-            were = "".join(f", rank {rank}{_at(note)}" for rank, note in begun.items() if note)
-            cause = error.controller_failure if isinstance(error, ControllerError) else error
-            return f"{stage}: a worker was killed while the workers started{were} ({_first_line(cause)})"
-        failures: dict[int, Exception] = error.worker_failures
-        notes = _read_notes(logs, stage, sorted(failures))
-        for rank, note in notes.items():
-            if "raised" not in note:
-                host = note.get("host", "a host that it had not told yet")
-                return f"{stage}: rank {rank} on {host} was killed{_at(note)} ({_first_line(failures[rank])})"
-        rank = min(notes, key=lambda rank: float(notes[rank]["when"]))  # the others only lost their partner
-        where, cause = f"{stage}: rank {rank} on {notes[rank]['host']} failed{_at(notes[rank])}", failures[rank]
-        if isinstance(cause, MPrunerError):
-            raise type(cause)(f"{where}: {cause}") from error
-        raise StageFailure(
-            f"{where}: {notes[rank]['raised']}: {_first_line(cause)}; its log: {logs / f'{stage}-rank{rank}.log'}"
-        ) from error
-
-
-def _require_listener(address: str) -> None:
-    """Fail within seconds where nothing listens; Ray itself would try for minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=10).close()
+    def _find_place(self, usable: Usable) -> Place:
+        joined = cluster_address(self.config) is not None
+        return find_place(self.config, self.device(), joined=joined, usable=usable)
 
 
 def cpus_here() -> int:
@@ -190,31 +213,6 @@ def _repeat(messages: Path) -> None:
         for message in dict.fromkeys(messages.read_text().splitlines()):
             log.info("  %s", message)
         messages.unlink()
-
-
-def _read_notes(logs: Path, stage: str, ranks: Iterable[int]) -> dict[int, dict[str, Any]]:
-    """What workers left word of; nothing of those that did not begin."""
-    paths = {rank: worker_note(logs, stage, rank) for rank in ranks}
-    return {rank: json.loads(path.read_text()) if path.exists() else {} for rank, path in paths.items()}
-
-
-def _raise_if_preempted(stage: str, notes: dict[int, dict[str, Any]]) -> None:
-    """Workers that were told to stop are not started again, not even if one was killed before it could save."""
-    who = [f"rank {rank} on {note['host']} got {note['got']}" for rank, note in notes.items() if "got" in note]
-    if preemption.told():
-        who.insert(0, f"mpruner got {preemption.told()}")
-    saved = [note["stopped"] for note in notes.values() if "stopped" in note]
-    if saved or who:
-        what = saved[0] if saved else "a worker was killed before all was saved"
-        raise Preempted(f"{stage}: {' and '.join(who)}; {what}; the same command goes on")
-
-
-def _at(note: dict[str, Any]) -> str:
-    return f" at {note['doing']}" if "doing" in note else ""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _run_job(settings: dict[str, Any]) -> None:
@@ -235,5 +233,6 @@ def _run_job(settings: dict[str, Any]) -> None:
         device_kind=settings["device"],
         logs=Path(settings["logs"]),
         stage=settings["stage"],
+        node=ray.get_runtime_context().get_node_id(),
     )
     worker.run(settings["job"], settings["spec"])

@@ -1,11 +1,11 @@
 """How a model lies on the workers for forward passes: whole on each, in partitions, or in partitions in CPU memory."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
 
+from mpruner_dist.cluster.control_group import memory_left
 from mpruner_dist.errors import StageFailure
 
 ROOM = 0.8
@@ -55,26 +55,11 @@ def choose_shape(weights: int, width: int, workers: int, free: int, free_beside:
 
 def free_memory(device: torch.device, local_workers: int) -> tuple[int, int | None]:
     """Bytes free for this worker on its device; and for a GPU, in the machine's memory beside it."""
-    beside = min(int(psutil.virtual_memory().available), _left_in_control_group()) // local_workers
+    free, left = int(psutil.virtual_memory().available), memory_left()
+    beside = (free if left is None else min(free, left)) // local_workers
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0], beside
     return beside, None
-
-
-def _left_in_control_group() -> int:
-    """Bytes until the limit that Slurm or a container sets, if one does (cgroup v2)."""
-    left = int(psutil.virtual_memory().total)
-    lines = Path("/proc/self/cgroup").read_text().splitlines()
-    own = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "/")
-    group = Path("/sys/fs/cgroup") / own.lstrip("/")
-    for folder in (group, *group.parents):
-        limit = folder / "memory.max"
-        if limit.is_file() and limit.read_text().strip() != "max":
-            # pages of files are given back before the limit is enforced
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            used = int((folder / "memory.current").read_text()) - int(stat["file"])
-            left = min(left, int(limit.read_text()) - used)
-    return max(left, 0)
 
 
 def _bytes(number: float) -> str:

@@ -6,9 +6,9 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed
@@ -18,20 +18,22 @@ from mpruner_dist.errors import Preempted
 from mpruner_dist.logs import ProgressWriter
 
 Job = Callable[["Worker", dict[str, Any]], None]
+Item = TypeVar("Item")
 
 
 class Worker:
     """What a job knows of the place where it runs."""
 
     def __init__(
-        self, rank: int, world_size: int, local_rank: int, local_workers: int, device_kind: str, logs: Path, stage: str
-    ) -> None:
+        self, rank: int, world_size: int, local_rank: int, local_workers: int, device_kind: str, logs: Path, stage: str,
+        node: str = "",
+    ) -> None:  # fmt: skip
         self.rank, self.world_size, self.local_workers = rank, world_size, local_workers
         self.logs, self.stage = logs, stage
         self.host = platform.node()
         self.device = torch.device(device_kind, local_rank) if device_kind == "cuda" else torch.device("cpu")
         self._progress: ProgressWriter | None = None
-        self._facts: dict[str, Any] = {"host": self.host}
+        self._facts: dict[str, Any] = {"host": self.host, "node": node}
         self._signals = SignalWatch()
 
     @property
@@ -56,6 +58,18 @@ class Worker:
         """What the first worker says; all call it, and what the others say is not heard."""
         unheard = [torch.iinfo(torch.int64).max] * len(numbers)
         return self.least_over_workers(*(numbers if self.is_first else unheard))
+
+    def select_on_first(self, items: Iterable[Item], is_wanted: Callable[[Item], bool]) -> list[Item]:
+        """The items that the first worker wants; all call it, with as many items.
+
+        For what shared storage shows: for a while it may show something else to the others, and workers that disagree
+        on what is left to do wait for each other for ever.
+        """
+        items = list(items)
+        if not items:
+            return []
+        wanted = self.from_first(*(int(self.is_first and is_wanted(item)) for item in items))
+        return [item for item, is_one in zip(items, wanted, strict=True) if is_one]
 
     def must_stop(self) -> bool:
         """Whether a signal told one of the workers, or the process that drives them, to stop: all hear the same.
@@ -111,7 +125,11 @@ class Worker:
         sys.stderr.write(f"{time.strftime('%H:%M:%S')} rank {self.rank} on {self.host}: {message}\n")
 
     def run(self, job: Job, spec: dict[str, Any]) -> None:
-        """Do the job with this process's output in the worker's log; leave a note beside it if the job fails."""
+        """Do the job with this process's output in the worker's log; leave a note beside it if the job fails.
+
+        Raises:
+            Preempted: a signal came, and the job stopped for it, or ended before it looked again.
+        """
         with (self.logs / f"{self.stage}-rank{self.rank}.log").open("a") as file:
             os.dup2(file.fileno(), sys.stdout.fileno())
             os.dup2(file.fileno(), sys.stderr.fileno())
@@ -120,6 +138,8 @@ class Worker:
         try:
             with self._signals:
                 job(self, spec)
+                if self.must_stop():  # a signal that came after the job's last look, as in an export
+                    self.stop("its work is done")
         except BaseException as error:
             traceback.print_exc()
             self._note(raised=type(error).__name__, when=time.time())

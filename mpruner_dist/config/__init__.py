@@ -5,7 +5,7 @@ from mpruner_dist.config.data import DataConfig, ModelConfig, SourceConfig
 from mpruner_dist.config.plan import CLUSTERED, PlanConfig
 from mpruner_dist.config.retrain import DistillationConfig, LoraConfig, RetrainConfig
 from mpruner_dist.config.rounds import RoundsConfig, TaskConfig
-from mpruner_dist.config.run import ClusterConfig, Config, EvaluateConfig
+from mpruner_dist.config.run import ClusterConfig, Config, Device, EvaluateConfig
 
 __all__ = [
     "CLUSTERED",
@@ -13,6 +13,7 @@ __all__ = [
     "CollectConfig",
     "Config",
     "DataConfig",
+    "Device",
     "DistillationConfig",
     "EvaluateConfig",
     "LoraConfig",

@@ -14,7 +14,8 @@ class TaskConfig(Section):
     name: str
     """As the harness knows it, such as arc_easy."""
     metric: str | None = None
-    """Such as acc_norm; without it, the first that the task reports."""
+    """Such as acc_norm, or with one of the task's filters exact_match,strict-match; without it, the first that the task
+    reports."""
     folder: Path | None = None
     """A folder with task files of your own."""
     fewshot: NonNegative | None = None

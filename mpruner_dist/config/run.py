@@ -14,6 +14,8 @@ from mpruner_dist.config.retrain import RetrainConfig
 from mpruner_dist.config.rounds import RoundsConfig
 from mpruner_dist.config.task import FACTS, UNITS
 
+Device = Literal["auto", "cpu", "cuda"]
+
 
 class EvaluateConfig(Section):
     """How quality and speed are measured on the test part."""
@@ -27,10 +29,16 @@ class ClusterConfig(Section):
     """Where and how wide the work runs. Nothing here changes a result."""
 
     workers: Positive = 1
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes GPUs when the cluster has one for each worker."""
+    device: Device = "auto"
+    """auto takes GPUs when the cluster has one for each worker, or for each of min_workers."""
+    min_workers: Positive | None = None
+    """Go on with fewer workers, but at least so many, when after `wait_s` no more fit, as after a node was lost. Each
+    stage and each restart begins with `workers` again. Without it, all must fit."""
+    wait_s: NonNegative = 120
+    """Seconds to wait for room for the workers on an existing Ray cluster."""
     cpus_per_worker: Positive | None = None
-    """Without it, the CPUs of this machine divided among the workers."""
+    """Without it, the CPUs of this machine divided among the workers; on an existing Ray cluster as many as let all
+    workers fit on its nodes, and on GPUs a node's CPUs divided by its GPUs, on the node where that is least."""
     zero_stage: Literal["auto", 0, 3] = "auto"
     """Collection and evaluation: 0 puts a replica on each worker, 3 divides the weights among them; auto takes 0 where
     the weights fit in a worker's free memory, else 3, on GPUs with the partitions in CPU memory if they must."""
@@ -39,7 +47,13 @@ class ClusterConfig(Section):
     address: str | None = None
     """An existing Ray cluster. RAY_ADDRESS says the same. Without either, Ray is started on this machine."""
     max_restarts: NonNegative = 2
-    """How often workers are started again after one of them was killed."""
+    """How often workers are started again after one of them was killed, or its node lost."""
+
+    @model_validator(mode="after")
+    def _few_are_not_more(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers {self.min_workers} must be at most workers {self.workers}")
+        return self
 
 
 class Config(Section):

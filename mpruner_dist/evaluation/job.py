@@ -39,13 +39,13 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
 
     config: Config = spec["config"]
     results = Path(spec["results"])
-    todo = {label: Path(path) for label, path in spec["models"].items() if not (results / f"{label}.json").exists()}
-    worker.barrier()  # nobody writes before everybody has looked
+    todo = worker.select_on_first(spec["models"], lambda label: not (results / f"{label}.json").exists())
     start_deepspeed(worker.device)
     # one shape for all models, that of the largest, so that their speeds can be compared
     settings = forward_settings(worker, spec["deepspeed"], config, Path(spec["original"]))
     part, task = load_part(spec["blocks"]), task_of(config.model)
-    for label, folder in todo.items():
+    for label in todo:
+        folder = Path(spec["models"][label])
         engine = inference_engine(settings, folder, config.model, worker.log)
         worker.begin_progress(f"evaluate {label}", "batches", num_batches(len(part), config.evaluate.batch_size))
         score = score_part(worker, engine, task, part, config.evaluate.batch_size, tell)
@@ -65,6 +65,7 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
                 **score.quality,
                 f"{task.facts.unit}s": score.predictions,
                 f"{task.facts.unit}s_per_second": task.size(part) / score.seconds,
+                "workers": worker.world_size,  # as many as there was room for
                 **of_task,
             })  # fmt: skip
         engine.destroy()

@@ -2,6 +2,8 @@
 
 import logging
 import math
+from collections import Counter
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ def run_task(engine: Any, folder: Path, task: TaskConfig, batch_size: int, trust
         harness gives no results.
 
     Raises:
-        UserError: the harness is not installed, does not know the task, or the task has not the metric.
+        UserError: the harness is not installed, does not know the task, or the task has not the metric or not it alone.
         StageFailure: the value is not finite.
     """
     require_harness()
@@ -71,21 +73,28 @@ def read_value(found: Any, task: TaskConfig) -> dict[str, Any]:
     """The metric's value among the harness's results, whose keys are `METRIC,FILTER`.
 
     Raises:
-        UserError: the task has not the metric.
+        UserError: the task has not the metric, or has it behind several filters and none is named.
         StageFailure: the value is not finite.
     """
-    results = found["results"][task.name]
     values = {
-        key.partition(",")[0]: value
-        for key, value in results.items()
+        key: float(value)
+        for key, value in found["results"][task.name].items()
         if isinstance(value, int | float) and "_stderr" not in key and "," in key
     }
-    name = task.metric or next(iter(values), "")
-    if name not in values:
-        raise UserError(
-            f"the task {task.name} has no metric {name!r}: set rounds.task.metric to one of {', '.join(values)}"
-        )
-    if not math.isfinite(values[name]):
-        raise StageFailure(f"{name} of the task {task.name} is {values[name]}: check the task and the model")
+    asked = task.metric or next(iter(values), "").partition(",")[0]
+    keys = [key for key in values if asked in (key, key.partition(",")[0])]
+    if len(keys) != 1:
+        trouble = f"reports {asked} behind several filters" if keys else f"has no metric {asked!r}"
+        raise UserError(f"the task {task.name} {trouble}: set rounds.task.metric to one of {_names(values)}")
+    value, name = values[keys[0]], keys[0].partition(",")[0]
+    if not math.isfinite(value):
+        raise StageFailure(f"{asked} of the task {task.name} is {value}: check the task and the model")
     more_is_better = found["higher_is_better"].get(task.name, {}).get(name, True)
-    return {"task": float(values[name]), "task_metric": name, "task_less_is_better": more_is_better is False}
+    return {"task": value, "task_metric": asked, "task_less_is_better": more_is_better is False}
+
+
+def _names(keys: Iterable[str]) -> str:
+    """What may be asked for: a metric alone where it has one filter, in quotes where a comma is in the name."""
+    metrics = Counter(key.partition(",")[0] for key in keys)
+    names = (key.partition(",")[0] if metrics[key.partition(",")[0]] == 1 else f'"{key}"' for key in keys)
+    return ", ".join(names)

@@ -11,7 +11,7 @@ from torch import Tensor
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.data.blocks import batch_rows, num_batches, share_of_batches
 from mpruner_dist.data.parts import Part
-from mpruner_dist.errors import StageFailure
+from mpruner_dist.errors import Fruitless
 from mpruner_dist.tasks import Batch, Task
 
 
@@ -39,7 +39,7 @@ def score_part(
     """Score a part on all workers; the same on every worker. `tell` hears how many batches are done.
 
     Raises:
-        StageFailure: the likelihood is not finite.
+        Fruitless: the likelihood is not finite.
     """
     batches = num_batches(len(part), batch_size)
     mine, turns = share_of_batches(list(range(batches)), worker.rank, worker.world_size)
@@ -58,7 +58,7 @@ def score_part(
     total = worker.sum_over_workers(sums).tolist()
     nll, predictions = total[:2]
     if not nll < float("inf"):
-        raise StageFailure("the model's loss is not finite: try model.dtype float32 or bfloat16")
+        raise Fruitless("the model's loss is not finite: try model.dtype float32 or bfloat16")
     return Score(nll / predictions, task.quality(total), int(predictions), seconds)
 
 

@@ -54,8 +54,9 @@ class WorkersJudge:
 
     def __init__(self, worker: Worker, config: Config, spec: dict[str, Any], file: Path) -> None:
         self.worker, self.config, self.file = worker, config, file
-        self.saved = read_losses(file)
-        worker.barrier()  # nobody saves before everybody has looked
+        self.known: dict[tuple[Kept, Rows], float] = {}
+        # the first worker alone reads what an earlier attempt saved, and tells: see `select_on_first`
+        self.saved = read_losses(file) if worker.is_first else {}
         start_deepspeed(worker.device)
         settings = forward_settings(worker, spec["deepspeed"], config, Path(spec["model"]))
         self.task = task_of(config.model)
@@ -85,11 +86,20 @@ class WorkersJudge:
 
     def measure(self, pairs: list[tuple[Kept, Rows]]) -> list[float]:
         """Summed negative log-likelihoods; the same on every worker. Each pair is computed by one of them alone."""
-        todo = [pair for pair in pairs if pair not in self.saved]
+        self._recall([pair for pair in pairs if pair not in self.known])
+        todo = [pair for pair in pairs if pair not in self.known]
         at_once = PAIRS_AT_ONCE * self.worker.world_size
         for start in range(0, len(todo), at_once):
             self._measure(todo[start : start + at_once])
-        return [self.saved[pair] for pair in pairs]
+        return [self.known[pair] for pair in pairs]
+
+    def _recall(self, pairs: list[tuple[Kept, Rows]]) -> None:
+        """Take over from the first worker what an earlier attempt saved of these."""
+        found = self.worker.select_on_first(pairs, self.saved.__contains__)
+        if found:
+            losses = torch.tensor([self.saved.get(pair, 0.0) for pair in found], dtype=torch.float64)
+            losses = self.worker.sum_over_workers(losses.to(self.worker.device))
+            self.known |= dict(zip(found, losses.tolist(), strict=True))
 
     def _measure(self, pairs: list[tuple[Kept, Rows]]) -> None:
         found = torch.zeros(len(pairs), dtype=torch.float64, device=self.worker.device)
@@ -107,7 +117,7 @@ class WorkersJudge:
                 if counted:
                     found[number] = nll
         self.worker.sum_over_workers(found)
-        self.saved |= dict(zip(pairs, found.tolist(), strict=True))
+        self.known |= dict(zip(pairs, found.tolist(), strict=True))
         if self.worker.is_first:
             append_losses(self.file, pairs, found.tolist())
         if self.worker.must_stop():

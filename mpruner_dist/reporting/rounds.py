@@ -30,7 +30,6 @@ def round_rows(record: Record) -> list[tuple[str, ...]]:
             format_layers(entry["removed"]).replace(",", ", "),
             str(len(entry["kept"])),
             *_measured(entry),
-            "accepted" if entry["accepted"] else "rolled back",
         )
         for entry in record["rounds"]
     ]
@@ -38,19 +37,22 @@ def round_rows(record: Record) -> list[tuple[str, ...]]:
 
 def _measured(entry: Record) -> tuple[str, ...]:
     if "metric" not in entry:
-        return ("", "", "", entry["why"])
+        return ("", "", "", "", f"rolled back: {entry['why']}")
     return (
         parameters_text(entry["parameters"]),
         f"{entry['metric']:.4g}",
         entry["change"],
         duration_text(entry["seconds"]),
+        "accepted" if entry["accepted"] else "rolled back",
     )
 
 
 def print_rounds(path: Path) -> None:
     """Print `rounds.json`."""
     record = json.loads(path.read_text())
-    table = Table(*HEADINGS)
+    table = Table()
+    for heading in HEADINGS:
+        table.add_column(heading, overflow="fold")  # on a narrow terminal nothing is cut off
     for row in round_rows(record):
         table.add_row(*row)
     Console().print(table)
@@ -65,11 +67,11 @@ def rounds_summary(record: Record) -> list[str]:
     sentences = [
         f"{len(record['rounds'])} round(s), {accepted} accepted. Each began from the last accepted model and was "
         f"judged on data that it was not trained on: {name}, {before} of the original, {record['limit']}. A round that "
-        "broke this was rolled back, and the next removed less (a larger stride).",
+        "broke this, or whose training failed, was rolled back, and the next removed less (a larger stride).",
         f"The rounds ended: {record['stopped']}.",
     ]
     if not accepted:
-        sentences.insert(0, "No round stayed within the tolerance: the original is kept as it is.")
+        sentences.insert(0, "No round was accepted: the original is kept as it is.")
     return sentences
 
 

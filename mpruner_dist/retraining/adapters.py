@@ -9,9 +9,7 @@ from peft.tuners.lora import LoraLayer
 
 from mpruner_dist.checkpoints.export import Weight
 from mpruner_dist.config import LoraConfig
-from mpruner_dist.errors import UserError
-from mpruner_dist.models.blocks import projections
-from mpruner_dist.models.stacks import run_stacks
+from mpruner_dist.retraining.targets import target_names
 
 NAME = "default"
 
@@ -31,7 +29,7 @@ def attach_adapters(model: Any, config: LoraConfig, layers: list[int] | None, se
     Raises:
         UserError: targets that the layers do not have.
     """
-    names = _targets(model, config, layers)
+    names = target_names(model, config, layers)
     torch.manual_seed(seed)
     options = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=names, **options), model, NAME)
@@ -44,29 +42,3 @@ def attach_adapters(model: Any, config: LoraConfig, layers: list[int] | None, se
                 half.data = half.data.to(base.dtype)  # under ZeRO-3 DeepSpeed refuses a mixture
             merged[id(base)] = Weight(base, beside=pair, added=partial(module.get_delta_weight, NAME))
     return merged
-
-
-def _targets(model: Any, config: LoraConfig, layers: list[int] | None) -> list[str]:
-    """Full names of the projections that get adapters."""
-    blocks = [
-        (f"{stack.name}.{number}", block)
-        for stack in run_stacks(model)
-        for number, block in enumerate(model.get_submodule(stack.name))
-    ]
-    found = [
-        (f"{layer}.{name}", f"{prefix}.{name}")
-        for layer, (prefix, block) in enumerate(blocks)
-        if layers is None or layer in layers
-        for name in projections(block)
-    ]
-    if config.targets == "all-linear":
-        return [full for _, full in found]
-    known = sorted({name.partition(".")[2] for name, _ in found})
-    for target in config.targets:
-        if not any(_ends_with(name, target) for name in known):
-            raise UserError(f"retrain.lora.targets: no layer has a projection {target!r}; there are {', '.join(known)}")
-    return [full for name, full in found if any(_ends_with(name, target) for target in config.targets)]
-
-
-def _ends_with(name: str, target: str) -> bool:
-    return f".{name}".endswith(f".{target}")

@@ -14,7 +14,7 @@ from mpruner_dist.cluster.engine import gathered, make_engine, start_deepspeed
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config, RetrainConfig
 from mpruner_dist.data.parts import Part, load_part
-from mpruner_dist.errors import StageFailure
+from mpruner_dist.errors import Fruitless, StageFailure
 from mpruner_dist.models.engines import load_for
 from mpruner_dist.models.scoring import score_part
 from mpruner_dist.models.stacks import run_blocks
@@ -49,7 +49,8 @@ def retrain_job(worker: Worker, spec: dict[str, Any]) -> None:
 
     Raises:
         UserError: a checkpoint of another run.
-        StageFailure: a loss or a weight that is not finite, a frozen weight that moved, a full disk.
+        Fruitless: a loss or a weight that is not finite, or no weight that moved.
+        StageFailure: a frozen weight that moved, a full disk.
         Preempted: a signal came; a checkpoint is saved.
     """
     config: Config = spec["config"]
@@ -71,7 +72,7 @@ def retrain_job(worker: Worker, spec: dict[str, Any]) -> None:
     exported = export_weights(weights, pruned, partial, gathered, worker.is_first)
     worker.barrier()
     if worker.is_first:
-        require_change(exported, retrain)
+        require_change(exported, retrain, trainer.metrics.rates())
         read_checkpoint(partial)
         write_json(trainer.work / EXPORTED, asdict(exported))
         commit_folder(partial, target)
@@ -111,11 +112,12 @@ class Trainer:
         self.worker.begin_progress("retrain", "steps", config.steps, first)
         for step in range(first, config.steps):
             begun = time.monotonic()
+            rate = self.engine.get_lr()[0]  # the scheduler then sets that of the next step
             loss = self._step(step, train, order)
             share_normalisations(self.worker, self.engine.module)
             done = step + 1
             seconds = time.monotonic() - begun
-            self.metrics.record({"step": done, "loss": loss, "lr": self.engine.get_lr()[0], "seconds": seconds})
+            self.metrics.record({"step": done, "loss": loss, "lr": rate, "seconds": seconds})
             self.worker.tell(done, f"loss {loss:.3f}")
             stops = self.worker.must_stop()
             if done % config.save_every == 0 or done == config.steps or stops:
@@ -164,38 +166,67 @@ class Trainer:
             rows: training blocks of the step, in the order of the micro-batches.
 
         Raises:
-            StageFailure: a loss that is not finite, or float16 that overflows at every scale.
+            Fruitless: a loss that is not finite, or float16 that overflows at every scale.
         """
-        kept = f"{self.work}/step-{self.saved:06d} is kept" if self.saved else "no sharded checkpoint was saved before"
+        kept = (
+            f"the sharded checkpoint of step {self.saved} is kept"
+            if self.saved
+            else "no sharded checkpoint was saved before"
+        )
         size = self.config.micro_batch_size
         bad = sorted(row for index, row in enumerate(rows) if not finite[index // size])
         if bad:
-            raise StageFailure(
+            raise Fruitless(
                 f"the loss of step {step + 1} is not finite (training blocks {bad}): lower "
                 f"retrain.learning_rate, or set model.dtype bfloat16 or float32; {kept}"
             )
         self.skipped = 0 if self.engine.was_step_applied() else self.skipped + 1
         if self.skipped >= OVERFLOWS:
-            raise StageFailure(
+            raise Fruitless(
                 f"the gradients of {self.skipped} steps one after another, up to step {step + 1}, overflow float16 "
                 f"however small the loss is scaled: set model.dtype bfloat16 or float32; {kept}"
             )
 
     def _validate(self, step: int, validation: Part, batch_size: int) -> None:
+        """Record the validation loss.
+
+        Raises:
+            Fruitless: it is not finite.
+        """
         self.engine.eval()
-        score = score_part(self.worker, self.engine, self.task, validation, batch_size)
+        try:
+            score = score_part(self.worker, self.engine, self.task, validation, batch_size)
+        except Fruitless as error:
+            also = ", or lower retrain.learning_rate" if step else ""
+            raise Fruitless(f"after {step} steps {error}{also}") from error
         self.engine.train()
         self.metrics.record({"step": step, "validation_loss": score.loss})
         self.worker.log(f"step {step}: validation loss {score.loss:.4f}")
 
 
-def require_change(exported: Exported, config: RetrainConfig) -> None:
-    """Training that moved no weight has failed, whatever its losses say."""
-    if not exported.changed_tensors:
-        raise StageFailure(
-            f"none of the {exported.trained_tensors} trained tensors has changed after {config.steps} steps: raise "
-            "retrain.learning_rate, or set model.dtype float32 if it is too small for the number type"
+def require_change(exported: Exported, config: RetrainConfig, rates: list[float]) -> None:
+    """Training that moved no weight has failed, whatever its losses say.
+
+    Args:
+        exported: what the tensors were.
+        config: of the training.
+        rates: of learning, step by step.
+
+    Raises:
+        Fruitless: no trained tensor differs.
+    """
+    if exported.changed_tensors:
+        return
+    nothing = f"none of the {exported.trained_tensors} trained tensors has changed after {config.steps} steps"
+    if not any(rates):
+        lower = f", or lower retrain.warmup_steps {config.warmup_steps}" if config.warmup_steps else ""
+        raise Fruitless(
+            f"{nothing}, for the learning rate was 0 in all of them: DeepSpeed's first step has none, nor has "
+            f"the second of a warm-up; raise retrain.steps{lower}"
         )
+    raise Fruitless(
+        f"{nothing}: raise retrain.learning_rate, or set model.dtype float32 if it is too small for the number type"
+    )
 
 
 def _section(config: Config) -> RetrainConfig:

@@ -35,9 +35,9 @@ class WordsOnDisk:
         """Training blocks in a file."""
         return self.blocks[chunk * CHUNK : (chunk + 1) * CHUNK]
 
-    def missing(self) -> list[int]:
-        """Files that no earlier attempt has written."""
-        return [chunk for chunk in range(self.chunks) if not self._path(chunk).exists()]
+    def is_missing(self, chunk: int) -> bool:
+        """Whether no earlier attempt has written this file."""
+        return not self._path(chunk).exists()
 
     def write(self, chunk: int, likely: LikelyWords) -> None:
         """Write a file whole or not at all.

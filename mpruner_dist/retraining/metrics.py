@@ -58,6 +58,11 @@ class Metrics:
         for log, _ in self._loggers:
             log(entry)
 
+    def rates(self) -> list[float]:
+        """Learning rates of the steps that are recorded."""
+        entries = [json.loads(line) for line in self.path.read_text().splitlines()]
+        return [entry["lr"] for entry in entries if "lr" in entry]
+
     def end(self) -> None:
         """Wait until everything is written, or sent."""
         for _, close in self._loggers:

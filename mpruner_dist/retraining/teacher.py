@@ -78,8 +78,7 @@ def make_teacher(worker: Worker, settings: Settings, config: Config, spec: dict[
     blocks = load_part(spec["train"])
     order = DataOrder(len(blocks), retrain.batch_size, retrain.seed)
     words = WordsOnDisk(Path(spec["words"]), order.used(retrain.steps))
-    missing = words.missing()
-    worker.barrier()  # nobody writes before everybody has looked
+    missing = worker.select_on_first(range(words.chunks), words.is_missing)
     if missing:
         teacher = LiveTeacher(load(), distillation, [])
         write_likely_words(worker, teacher, task_of(config.model), blocks, words, missing, retrain.micro_batch_size)

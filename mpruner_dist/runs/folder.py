@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from mpruner_dist.errors import UserError
+from mpruner_dist.errors import Fruitless, UserError
 from mpruner_dist.runs.commit import disk_errors, write_bytes, write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class RunFolder:
 
         Raises:
             UserError: the outputs are there, or were begun, from other inputs, and may not be replaced.
+            Fruitless: so it ended before from the same inputs, and `give_up` recorded it.
         """
         inputs = json.loads(json.dumps(inputs))  # as the manifest will give them back
         changes = self.changes(name, inputs)
@@ -75,6 +76,8 @@ class RunFolder:
         if not changes and self.is_done(name) and all((self.path / output).exists() for output in outputs):
             log.info("%-9s done before (%.1f s)", name, known["seconds"])
             return
+        if not changes and known.get("state") == "given up":
+            raise Fruitless(known["why"])
         begun = time.monotonic()
         write_text(self / "config.yaml", self.resolved_config)
         self._record(name, {"state": "running", "inputs": inputs, "since": time.time()})
@@ -100,6 +103,10 @@ class RunFolder:
         for output in other.stages[name]["outputs"]:
             write_bytes(self / output, (other / output).read_bytes())
         self._record(name, other.stages[name])
+
+    def give_up(self, name: str, why: str) -> None:
+        """Record that a begun stage is not to be tried again from the same inputs."""
+        self._record(name, {"state": "given up", "inputs": self.stages[name]["inputs"], "why": why})
 
     def forget(self, names: Sequence[str]) -> None:
         """Mark stages as not done. Their artefacts stay until new ones replace them."""
@@ -149,16 +156,24 @@ def open_run(path: Path, resolved_config: str) -> Iterator[RunFolder]:
     Raises:
         UserError: another process owns it, or the folder is something else's.
     """
+    with begin_run(path) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another mpruner works in {path}: wait for it or give another --run-dir") from error
+        yield RunFolder(path, resolved_config)
+
+
+def begin_run(path: Path) -> IO[str]:
+    """Make a run folder with a place for logs, if it is not there; return the file to lock by who owns it.
+
+    Raises:
+        UserError: the folder is something else's.
+    """
     if path.exists() and not path.is_dir():
         raise UserError(f"the run folder {path} is a file: give another --run-dir")
     if path.is_dir() and any(path.iterdir()) and not (path / ".lock").exists():
         raise UserError(f"the run folder {path} is not empty and no run's: give another --run-dir")
     with disk_errors(path):
         (path / "logs").mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another mpruner works in {path}: wait for it or give another --run-dir") from error
-        yield RunFolder(path, resolved_config)
+        return (path / ".lock").open("w")

@@ -37,8 +37,7 @@ def collect_job(worker: Worker, spec: dict[str, Any]) -> None:
         Preempted: a signal came, and the sums are saved.
     """
     config: Config = spec["config"]
-    saved = BatchSums.load(Path(spec["sums"]))
-    worker.barrier()  # nobody saves before everybody has looked
+    saved = BatchSums.load(Path(spec["sums"])) if worker.is_first else BatchSums()
     collection = Collection(worker, config, spec, saved)
     for end in ends_of_windows(config.collect):
         collection.go_on_to(end)
@@ -58,6 +57,7 @@ class Collection:
     """One worker's part of the work."""
 
     def __init__(self, worker: Worker, config: Config, spec: dict[str, Any], saved: BatchSums) -> None:
+        """`saved`: by earlier attempts, as the first worker sees it; empty on the others."""
         self.worker, self.config, self.folder, self.saved = worker, config, Path(spec["sums"]), saved
         self.fresh, self.mine = BatchSums(), BatchSums()
         self.end = 0
@@ -74,7 +74,7 @@ class Collection:
     def go_on_to(self, end: int) -> None:
         """Do this worker's share of the batches below `end` that nobody has saved, and save it."""
         worker = self.worker
-        todo = [batch for batch in range(self.end, end) if batch not in self.saved.terms]
+        todo = worker.select_on_first(range(self.end, end), lambda batch: batch not in self.saved.terms)
         share, turns = share_of_batches(todo, worker.rank, worker.world_size)
         for turn in range(0, turns, self.at_once):
             group = share[turn : turn + self.at_once]

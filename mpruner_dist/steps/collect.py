@@ -27,11 +27,13 @@ def collect(road: Road) -> Step:
     def make() -> None:
         from mpruner_dist.models.loading import read_config
         from mpruner_dist.models.naming import layer_names
+        from mpruner_dist.retraining.targets import require_targets
         from mpruner_dist.similarity.collect import collect_job
         from mpruner_dist.similarity.stage import is_settled, write_cka
 
         remote_code = road.config.model.trust_remote_code
         model_config = read_config(road.source, remote_code)
+        require_targets(road.config.retrain, model_config, remote_code)  # now, not hours later
         names = layer_names(road.checkpoint.tensors, model_config, remote_code)
         sums = road.work("stats", inputs)
         measure = road.config.plan.measure

@@ -27,6 +27,7 @@ def data(road: Road) -> Step:
     def make() -> None:
         from mpruner_dist.data.prepare import prepare_data
 
+        road.join_cluster()
         progress = road.folder / "logs/progress.json"
         with show_progress(progress):
             prepare_data(road.config, road.source, road.data, progress)

@@ -1,10 +1,13 @@
 """The stage `retrain`: the pruned checkpoint to the retrained one, on the workers."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.checkpoints.source import resolve_source
 from mpruner_dist.cluster.settings import Settings, read_deepspeed_config
+from mpruner_dist.config import RetrainConfig
 from mpruner_dist.errors import UserError
 from mpruner_dist.retraining.freezing import beside_gaps
 from mpruner_dist.retraining.metrics import require_loggers
@@ -55,8 +58,9 @@ def retrain(road: Road) -> Step:
         from mpruner_dist.retraining.matching import require_fitting_teacher
         from mpruner_dist.retraining.resume import prepare_resume
 
-        workers = road.config.cluster.workers
-        settings = training_settings(given, section, dtype, workers, hidden_size(road.checkpoint.config))
+        width = hidden_size(road.checkpoint.config)
+        settings = partial(training_settings, given, section, dtype, width=width)
+        settings(road.config.cluster.workers)  # what is wrong in it is said before anything is prepared
         require_loggers(section.log_to)
         layers = beside_gaps(plan.kept, plan.num_layers) if section.trainable == "neighbours" else None
         words = None
@@ -71,9 +75,10 @@ def retrain(road: Road) -> Step:
                     "order": [section.steps, section.batch_size, section.seed],
                 })  # fmt: skip
         work = road.work("retrain", inputs)
-        prepare_resume(work, settings, workers)
         road.on_workers(
-            "retrain", retrain_job, given=given, pruned=road.folder / "pruned", layers=layers, teacher=teacher,
+            "retrain", retrain_job, given=given, usable=partial(_can_share, section, settings),
+            prepare=lambda workers: prepare_resume(work, settings(workers), workers),
+            pruned=road.folder / "pruned", layers=layers, teacher=teacher,
             teacher_layers=[road.layer_of_original(layer) for layer in plan.kept], words=words,
             train=road.blocks("train"), validation=road.blocks("validation"), work=work,
             target=road.folder / "retrained",
@@ -81,6 +86,17 @@ def retrain(road: Road) -> Step:
         write_summary(work, road.folder / "retrain.json")
 
     return inputs, ("retrained", "retrain.json"), make
+
+
+def _can_share(section: RetrainConfig, settings: Callable[[int], Settings], workers: int) -> bool:
+    """Whether so many workers can share a step; `settings` makes their DeepSpeed configuration."""
+    if section.batch_size % (workers * section.micro_batch_size):
+        return False
+    try:
+        settings(workers)
+    except UserError:  # the user's own JSON fixes another number of micro-batches
+        return False
+    return True
 
 
 def _result_of(given: Settings) -> dict[str, Any]:

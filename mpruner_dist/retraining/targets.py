@@ -1,0 +1,69 @@
+"""Which projections get adapters, by the names that `retrain.lora.targets` gives."""
+
+import difflib
+from typing import Any
+
+from mpruner_dist.config import LoraConfig, RetrainConfig
+from mpruner_dist.errors import UserError
+from mpruner_dist.models.blocks import projections
+from mpruner_dist.models.loading import empty_model
+from mpruner_dist.models.stacks import run_stacks
+
+
+def require_targets(config: RetrainConfig | None, model_config: Any, trust_remote_code: bool = False) -> None:
+    """Refuse, before anything is done, targets that the unpruned model's layers do not have.
+
+    Args:
+        config: the section `retrain`; without adapters in it, nothing is looked at.
+        model_config: of the unpruned model.
+        trust_remote_code: run code that lies in its folder.
+
+    Raises:
+        UserError: with the nearest names and all others.
+    """
+    if config is not None and config.lora is not None and config.lora.targets != "all-linear":
+        target_names(empty_model(model_config, trust_remote_code), config.lora, None)
+
+
+def target_names(model: Any, config: LoraConfig, layers: list[int] | None) -> list[str]:
+    """Full names of the projections that get adapters.
+
+    Args:
+        model: its parameters on any device.
+        config: with the targets.
+        layers: the only ones that get adapters; None for all.
+
+    Raises:
+        UserError: targets that the layers do not have, with the nearest names and all others.
+    """
+    blocks = [
+        (f"{stack.name}.{number}", block)
+        for stack in run_stacks(model)
+        for number, block in enumerate(model.get_submodule(stack.name))
+    ]
+    found = [
+        (name, f"{prefix}.{name}")
+        for layer, (prefix, block) in enumerate(blocks)
+        if layers is None or layer in layers
+        for name in projections(block)
+    ]
+    if config.targets == "all-linear":
+        return [full for _, full in found]
+    known = sorted({name for name, _ in found})
+    unknown = [target for target in config.targets if not any(_ends_with(name, target) for name in known)]
+    if unknown:
+        told = "".join(f"no layer has a projection {target!r}{_nearest(target, known)}; " for target in unknown)
+        raise UserError(f"retrain.lora.targets: {told}there are {', '.join(known)}")
+    return [full for name, full in found if any(_ends_with(name, target) for target in config.targets)]
+
+
+def _nearest(target: str, known: list[str]) -> str:
+    """The names most like it, in as many parts as it has."""
+    parts = target.count(".") + 1
+    names = sorted({".".join(name.split(".")[-parts:]) for name in known})
+    near = difflib.get_close_matches(target, names, n=3)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return f".{name}".endswith(f".{target}")

@@ -1,0 +1,287 @@
+"""The batch step of a Slurm job: Ray on every node, one `mpruner` command on the first, and the end of both.
+
+    python -m mpruner_dist.submission.allocation CONFIG [--command COMMAND] [--sweep KEY=V1,V2] [OPTIONS OF THE COMMAND]
+
+`prune.sbatch` becomes this process, so that the signals of Slurm reach it. `ray symmetric-run` would not do: it refuses
+a node on which another Ray runs, and ends with `ray stop`, which ends every Ray of the user on the node.
+"""
+
+import argparse
+import logging
+import os
+import secrets
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from mpruner_dist.errors import MPrunerError, Preempted, StageFailure, UserError
+from mpruner_dist.logs import set_up_logging
+from mpruner_dist.runs.folder import begin_run
+
+log = logging.getLogger("mpruner_dist.submission")  # __name__ is __main__ here
+
+GRACE_S = 60
+"""Seconds that a process has to end after it was asked."""
+MAX_LOST = 5
+"""A job is put back into the queue so often because its head was lost."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What Slurm gave."""
+
+    job: str
+    hosts: list[str]
+    restarts: int
+
+    @staticmethod
+    def here() -> "Allocation":
+        """The one in whose batch step this process runs.
+
+        Raises:
+            UserError: it does not run in one.
+            StageFailure: Slurm contradicts itself.
+        """
+        if "SLURM_JOB_NODELIST" not in os.environ:
+            raise UserError("this is no job of Slurm: submit it, with `sbatch slurm/prune.sbatch CONFIG`")
+        hosts = _run("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+        if len(hosts) != int(os.environ["SLURM_JOB_NUM_NODES"]):
+            raise StageFailure(f"Slurm gave {os.environ['SLURM_JOB_NUM_NODES']} node(s) and names {hosts}")
+        return Allocation(os.environ["SLURM_JOB_ID"], hosts, int(os.environ.get("SLURM_RESTART_COUNT", 0)))
+
+    def address(self) -> str:
+        """host:port for the head, which this node is; the port is the first free one from one that the job gives."""
+        host = _address_of(self.hosts[0], several=len(self.hosts) > 1)
+        first = 20000 + int(self.job) % 10000  # below the ports that systems hand out
+        for port in range(first, first + 1000):
+            with socket.socket() as trial:
+                if trial.connect_ex((host, port)) != 0:
+                    return f"{host}:{port}"
+        raise StageFailure(f"{host}: no port from {first} to {first + 999} is free")
+
+    @property
+    def temporary(self) -> Path:
+        """Ray's folder on each node. Its name is short, for names of sockets end at 107 bytes."""
+        return Path(os.environ.get("MPRUNER_TMP", "/tmp")) / f"mpruner-{os.getuid()}-{self.job}"
+
+
+def _address_of(host: str, several: bool) -> str:
+    """The address of this node on the network between the nodes.
+
+    Raises:
+        StageFailure: there is none.
+    """
+    interface = os.environ.get("MPRUNER_INTERFACE")
+    if interface:
+        addresses = [each.address for each in psutil.net_if_addrs().get(interface, []) if each.family == socket.AF_INET]
+        if not addresses:
+            raise StageFailure(f"MPRUNER_INTERFACE: {host} has no address on an interface {interface!r}")
+        return str(addresses[0])
+    try:
+        address = socket.gethostbyname(host)
+    except OSError as error:
+        raise StageFailure(f"{host} does not resolve ({error}): set MPRUNER_INTERFACE in the site file") from error
+    if several and address.startswith("127."):
+        raise StageFailure(
+            f"{host} resolves to {address}, which other nodes cannot reach: set MPRUNER_INTERFACE in the site file to "
+            "the interface between the nodes, such as ib0"
+        )
+    return address
+
+
+@dataclass
+class _Signals:
+    """The first signal is for the command; what it was decides whether the job goes back into the queue."""
+
+    received: str = ""
+    command: "subprocess.Popen[bytes] | None" = None
+
+    def __call__(self, number: int, _: FrameType | None) -> None:
+        if not self.received:
+            self.received = signal.Signals(number).name
+            if self.command is not None:
+                self.command.send_signal(signal.SIGUSR2)  # it saves, and exits with 75
+
+
+class HeadLost(StageFailure):
+    """Ray ended under the command."""
+
+
+def run_in_allocation(arguments: list[str]) -> int:
+    """Run one command of mpruner on all nodes; put the job back into the queue if it was preempted or lost its head.
+
+    Returns:
+        The exit code of the command.
+
+    Raises:
+        UserError: wrong arguments.
+        StageFailure: the command was not begun, or Ray ended under it once too often.
+    """
+    signals = _Signals()
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signals)
+    command, run_dir = command_line(arguments, os.environ.get("SLURM_ARRAY_TASK_ID"))
+    allocation = Allocation.here()
+    begin_run(run_dir).close()
+    log.info("job %s, start %d, on %s", allocation.job, allocation.restarts + 1, " ".join(allocation.hosts))
+    try:
+        code = _on_all_nodes(command, allocation, run_dir / "logs", signals)
+    except HeadLost as error:
+        if signals.received == "SIGTERM" or allocation.restarts >= MAX_LOST:
+            raise
+        log.error("%s", error)
+        code = Preempted.exit_code
+    if code == Preempted.exit_code and signals.received != "SIGTERM":
+        # after SIGTERM Slurm itself does what it was asked: it ends the job, or puts it back
+        log.info("job %s goes back into the queue; what was saved is kept", allocation.job)
+        _run("scontrol", "requeue", allocation.job)
+    return code
+
+
+def command_line(arguments: list[str], array_task: str | None) -> tuple[list[str], Path]:
+    """The command to run and its run folder.
+
+    Args:
+        arguments: of this process. `--sweep KEY=V1,V2` gives each task of an array a value and a run folder, which
+            takes the similarities over from the run folder that is named.
+        array_task: the number of this task, from 0.
+
+    Raises:
+        UserError: a sweep without a value for this task.
+    """
+    parser = argparse.ArgumentParser("prune.sbatch", allow_abbrev=False)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--command", default="run", choices=["run", "collect", "plan", "retrain", "evaluate", "report"])
+    parser.add_argument("--sweep", metavar="KEY=V1,V2")
+    parser.add_argument("--run-dir", type=Path)
+    given, options = parser.parse_known_args(arguments)
+    run_dir = (given.run_dir or Path("runs") / given.config.stem).absolute()
+    if given.sweep is not None:
+        key, _, values = given.sweep.partition("=")
+        try:
+            value = values.split(",")[int(array_task or "")]
+        except (ValueError, IndexError) as error:
+            raise UserError(f"--sweep {given.sweep}: no value for the task {array_task!r} of an array") from error
+        options += ["--set", f"{key}={value}", "--collected", str(run_dir)]
+        run_dir = run_dir.with_name(f"{run_dir.name}-{key}-{value}")
+    command = [sys.executable, "-m", "mpruner_dist", given.command, str(given.config), "--run-dir", str(run_dir)]
+    return [*command, *options], run_dir
+
+
+def _on_all_nodes(command: list[str], allocation: Allocation, logs: Path, signals: _Signals) -> int:
+    """Ray on every node while the command runs; its exit code."""
+    address = allocation.address()
+    # in the environment alone: neither a file nor the list of processes shows it to others
+    secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment = os.environ | secret | _network()
+    nodes = subprocess.Popen(_srun(allocation, address, logs), env=environment)
+    try:
+        _wait_for_nodes(allocation, address, environment, nodes, logs)
+        return _run_command(command, environment | {"RAY_ADDRESS": address}, signals, nodes)
+    finally:
+        _end(nodes, signal.SIGUSR1)
+
+
+def _network() -> dict[str, str]:
+    """Where gloo and NCCL find the network between the nodes, if the site file says it."""
+    interface = os.environ.get("MPRUNER_INTERFACE")
+    return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
+
+
+def _srun(allocation: Allocation, address: str, logs: Path) -> list[str]:
+    """The step that keeps Ray on every node."""
+    count = str(len(allocation.hosts))
+    return [
+        "srun", "--nodes", count, "--ntasks", count, "--ntasks-per-node", "1", "--kill-on-bad-exit=1",
+        "--cpu-bind=none", "--mem=0",  # all that the job has: else a step gets one CPU
+        "--open-mode=append", f"--output={logs}/ray-%N.log", f"--job-name=ray-{allocation.job}",
+        sys.executable, "-m", "mpruner_dist.submission.node", address, str(allocation.temporary),
+    ]  # fmt: skip
+
+
+def _wait_for_nodes(
+    allocation: Allocation, address: str, environment: dict[str, str], nodes: "subprocess.Popen[bytes]", logs: Path
+) -> None:
+    """Return when Ray runs on all nodes.
+
+    Raises:
+        StageFailure: not in time, with the nodes that are missing.
+    """
+    seconds = os.environ.get("MPRUNER_WAIT_S", "300")
+    names = ",".join(allocation.hosts)
+    waiting = subprocess.Popen(
+        [sys.executable, "-m", "mpruner_dist.submission.waiting", address, names, seconds], env=environment
+    )
+    while waiting.poll() is None:
+        if nodes.poll() is not None:
+            waiting.kill()
+            raise StageFailure(f"Ray did not start (srun ended with {nodes.returncode}); see {logs}/ray-*.log")
+        time.sleep(0.2)
+    if waiting.returncode:
+        raise StageFailure(f"not all nodes joined Ray; see {logs}/ray-*.log, and MPRUNER_WAIT_S in the site file")
+
+
+def _run_command(
+    command: list[str], environment: dict[str, str], signals: _Signals, nodes: "subprocess.Popen[bytes]"
+) -> int:
+    """Run it to its end; its exit code.
+
+    Raises:
+        HeadLost: Ray ended under it.
+    """
+    if signals.received:
+        log.info("stopped by %s before the command began", signals.received)
+        return Preempted.exit_code
+    log.info("%s", shlex.join(command))
+    signals.command = subprocess.Popen(command, env=environment)
+    while signals.command.poll() is None:
+        if nodes.poll() is not None:
+            _end(signals.command)
+            raise HeadLost(f"Ray ended under the command (srun ended with {nodes.returncode})")
+        time.sleep(0.5)
+    return signals.command.returncode
+
+
+def _end(process: "subprocess.Popen[bytes]", first: signal.Signals = signal.SIGTERM) -> None:
+    """Ask a process to end, and make it."""
+    for number in (first, signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is None:
+            process.send_signal(number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+
+
+def _run(*command: str) -> str:
+    """Output of a command of Slurm.
+
+    Raises:
+        StageFailure: it failed.
+    """
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", "") or error
+        raise StageFailure(f"{shlex.join(command)}: {str(said).strip()}") from error
+
+
+def main() -> None:
+    """Run the command that the arguments name."""
+    set_up_logging()
+    try:
+        sys.exit(run_in_allocation(sys.argv[1:]))
+    except MPrunerError as error:
+        print(f"mpruner: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Runs as jobs of Slurm: what `mpruner submit slurm` hands to `sbatch`."""
+
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpruner_dist.config_file import load_config
+from mpruner_dist.errors import UserError
+
+SCRIPT = Path(__file__).parent / "prune.sbatch"
+NOT_FOR_JOBS = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+"""Of another cluster than the job's own; Slurm keeps the environment of a job in its files."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a job asks for."""
+
+    nodes: str = "1"
+    """Their number, or `LEAST-MOST`."""
+    gpus_per_node: int | None = None
+
+    def options(self) -> list[str]:
+        """Of sbatch."""
+        gpus = [f"--gpus-per-node={self.gpus_per_node}"] if self.gpus_per_node else []
+        return [f"--nodes={self.nodes}", *gpus]
+
+    def settings(self) -> list[str]:
+        """Of the run: a worker on each GPU, as many of them as Slurm gives. Workers on CPUs are in the configuration.
+
+        Raises:
+            UserError: the number of nodes is none.
+        """
+        least, dash, most = self.nodes.partition("-")
+        if not (least.isdigit() and (most.isdigit() or not dash)):
+            raise UserError(f"--nodes {self.nodes}: write a number, or the least and the most: 2-4")
+        if self.gpus_per_node is None:
+            return []
+        workers = ["cluster.device=cuda", f"cluster.workers={int(most or least) * self.gpus_per_node}"]
+        return [*workers, *([f"cluster.min_workers={int(least) * self.gpus_per_node}"] if dash else [])]
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One call of sbatch."""
+
+    options: list[str]
+    arguments: list[str]
+
+    def command(self, after: str | None) -> list[str]:
+        """Of a submission that waits for the job `after`."""
+        waits = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
+        return ["sbatch", "--parsable", *waits, *self.options, str(SCRIPT), *self.arguments]
+
+
+def plan_submissions(
+    config: Path,
+    run_dir: Path | None,
+    overrides: list[str],
+    shape: Shape,
+    options: list[str],
+    *,
+    then: Shape | None = None,
+    sweep: str | None = None,
+) -> list[Submission]:
+    """The jobs that a run takes.
+
+    Args:
+        config: its file.
+        run_dir: its folder.
+        overrides: `a.b=c` settings.
+        shape: of the job, or of the first.
+        options: further options of sbatch, for all of them.
+        then: the shape of a second job, which retrains and evaluates what the first has pruned.
+        sweep: `KEY=V1,V2`: the first job collects; an array then runs once with each value.
+
+    Raises:
+        UserError: the configuration is wrong, for one of the shapes or values.
+    """
+    if then is not None and sweep is not None:
+        raise UserError("--then and --sweep do not go together: each task of a sweep retrains what it has pruned")
+    folder = (run_dir or Path("runs") / config.stem).absolute()
+    base = [str(config.absolute()), "--run-dir", str(folder)]
+    if sweep is None:
+        first = _job(config, base, overrides, shape, options, ["--until", "rewrite"] if then else [])
+        if then is None:
+            return [first]
+        return [first, _job(config, base, overrides, then, options, [])]
+    key, equals, values = sweep.partition("=")
+    if not equals or not all(values.split(",")):
+        raise UserError(f"--sweep {sweep}: write KEY=V1,V2, such as plan.threshold=0.95,0.98")
+    for value in values.split(","):
+        load_config(config, [*overrides, f"{key}={value}"])
+    array = [f"--array=0-{len(values.split(',')) - 1}"]
+    return [
+        _job(config, base, overrides, shape, options, ["--command", "collect"]),
+        _job(config, base, overrides, shape, [*options, *array], ["--sweep", sweep]),
+    ]
+
+
+def _job(
+    config: Path, base: list[str], overrides: list[str], shape: Shape, options: list[str], arguments: list[str]
+) -> Submission:
+    known = {override.partition("=")[0] for override in overrides}
+    settings = [*overrides, *(each for each in shape.settings() if each.partition("=")[0] not in known)]
+    load_config(config, settings)
+    sets = [word for setting in settings for word in ("--set", setting)]
+    return Submission([*shape.options(), *options], [*base, *sets, *arguments])
+
+
+def submit(submissions: list[Submission]) -> list[str]:
+    """Hand them to sbatch, each to begin when the one before it has succeeded; the numbers of the jobs.
+
+    Raises:
+        UserError: sbatch is not there, or refuses one; those before it are taken back.
+    """
+    jobs: list[str] = []
+    kept = {name: value for name, value in os.environ.items() if name not in NOT_FOR_JOBS}
+    environment = {"MPRUNER_PYTHON": sys.executable} | kept
+    for submission in submissions:
+        command = submission.command(jobs[-1] if jobs else None)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        except OSError as error:
+            raise UserError("sbatch is not on PATH: submit from a machine that Slurm knows") from error
+        if done.returncode:
+            for job in jobs:
+                subprocess.run(["scancel", job], check=False)
+            raise UserError(f"Slurm refuses the job: {done.stderr.strip()}\nThe command was: {shlex.join(command)}")
+        jobs.append(done.stdout.strip().partition(";")[0])  # NUMBER, or NUMBER;CLUSTER
+    return jobs
+
+
+def describe(submissions: list[Submission]) -> str:
+    """The commands that would be given, and the script."""
+    commands = [
+        shlex.join(submission.command("JOB-BEFORE" if number else None))
+        for number, submission in enumerate(submissions)
+    ]
+    return "\n".join([*commands, "", f"# {SCRIPT}", SCRIPT.read_text()])

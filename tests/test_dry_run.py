@@ -1,0 +1,102 @@
+"""What a dry run says of the work, the memory and the plans, and that it does nothing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT, Cli, make_text, write_config
+
+
+def dry_run(command: Cli, tmp_path: Path, settings: dict[str, Any]) -> tuple[int, str]:
+    return command("run", write_config(tmp_path / "config.yaml", settings), "--dry-run")
+
+
+def test_a_dry_run_says_what_would_happen_and_does_nothing(
+    command: Cli, tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, output = dry_run(command, tmp_path, settings)
+    assert code == 0, output
+    for words in ("llama", "8, model.layers.0 to model.layers.7",
+                  "7 batches of 2 x 32 tokens (448)", "6 steps of 4 x 32",
+                  "2 micro-batches of 2", "3 models", "ZeRO stage 1", "kB in", "a worker"):  # fmt: skip
+        assert words in output, words
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_configuration_dry_runs(command: Cli, tmp_path: Path, tiny: Path, path: Path) -> None:
+    """On a model and texts of this machine where its own are on a hub."""
+    content = yaml.safe_load(path.read_text())
+    if not Path(content["model"]["path"]).exists():
+        content["model"]["path"] = str(tiny / "model")
+        make_text(tmp_path / "text.jsonl", records=60_000)
+        bounds = [0.0, 0.5, 0.8, 0.9, 1.0]
+        for part, *take in zip(("calibration", "train", "validation", "test"), bounds, bounds[1:], strict=False):
+            content["data"][part] = {"path": str(tmp_path / "text.jsonl"), "take": take}
+        content["plan"] = {"method": "anchor"}
+        content.get("rounds", {}).pop("remove", None)  # of other methods
+    code, output = command("run", write_config(tmp_path / "config.yaml", content), "--dry-run")
+    assert code == 0, output
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "deepspeed").glob("*.json")), ids=lambda path: path.name)
+def test_every_deepspeed_configuration_is_completed(
+    command: Cli, tmp_path: Path, settings: dict[str, Any], path: Path
+) -> None:
+    settings["retrain"]["deepspeed"] = str(path)
+    code, output = dry_run(command, tmp_path, settings)
+    assert code == 0, output
+    assert f"ZeRO stage {json.loads(path.read_text())['zero_optimization']['stage']}" in output
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({}, "at most 0.08 M parameters trained, at most 1.6 MB a worker"),
+        ({"trainable": "neighbours"}, "at most 0.04 M parameters trained"),  # two gaps, four layers
+        ({"lora": {"rank": 1}}, "at most 0.00 M parameters trained"),
+        ({"distillation": {"top_k": 3, "cache": True}}, "at most 1.3 MB a worker"),
+        ({"deepspeed": str(ROOT / "configs/deepspeed/zero3_offload.json")}, "1.3 MB on cpu"),
+    ],
+)
+def test_the_dry_run_counts_what_is_trained(
+    command: Cli, tmp_path: Path, settings: dict[str, Any], values: dict[str, Any], told: str
+) -> None:
+    settings["retrain"] |= values
+    code, output = dry_run(command, tmp_path, settings)
+    assert code == 0, output
+    assert told in " ".join(output.split()), output
+
+
+@pytest.mark.parametrize(
+    ("plan", "cost"),
+    [
+        ({"method": "greedy", "keep_layers": 6}, "greedy: 2 layers go, 12 forward passes over 256 validation tokens"),
+        ({"method": "search", "keep_layers": 5, "passes": 9}, "search: 3 layers go, at most 9 forward passes"),
+        ({"method": "last", "keep_layers": 5}, "last: 3 layers go"),
+    ],
+)
+def test_a_dry_run_says_what_judging_plans_costs(
+    command: Cli, tmp_path: Path, settings: dict[str, Any], plan: dict[str, Any], cost: str
+) -> None:
+    settings["plan"] = plan | {"judge_blocks": 8}
+    code, output = dry_run(command, tmp_path, settings)
+    assert code == 0, output
+    assert cost in " ".join(output.replace("│", " ").split())
+
+
+def test_a_dry_run_tells_of_the_first_round(command: Cli, tmp_path: Path, settings: dict[str, Any]) -> None:
+    settings["plan"] = {"method": "greedy", "keep_layers": 2, "judge_blocks": 8}
+    settings["rounds"] = {"tolerance": 0.1, "remove": 2}
+    code, output = dry_run(command, tmp_path, settings)
+    assert code == 0, output
+    text = " ".join(output.replace("│", " ").split())
+    assert "greedy: 2 layers go, 12 forward passes" in text
+    assert "at most 8, the first as above; judged by perplexity on the validation part" in text
+    settings["plan"]["keep_layers"] = 8
+    code, output = dry_run(command, tmp_path, settings)
+    assert code == 2
+    assert "the model has 8 layers, so that none would go" in output

@@ -1,0 +1,56 @@
+"""Training that comes to nothing: what is noticed, and what the message says."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from test_retraining import config_for
+
+from mpruner_dist.checkpoints.export import Exported
+from mpruner_dist.cluster.worker import Worker
+from mpruner_dist.errors import Fruitless, StageFailure
+from mpruner_dist.retraining import job
+from mpruner_dist.tasks import TASKS
+
+
+def trainer_for(folder: Path, applied: bool = True, **options: Any) -> job.Trainer:
+    config = config_for(folder, **options).retrain
+    assert config is not None
+    engine = SimpleNamespace(was_step_applied=lambda: applied, module=None)
+    return job.Trainer(
+        Worker(0, 1, 0, 1, "cpu", folder, "retrain"), engine, TASKS["causal-lm"], None, config, folder / "work"
+    )
+
+
+def test_a_loss_that_is_not_finite_names_step_blocks_and_the_checkpoint_that_is_left(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, micro_batch_size=2)
+    trainer.check(4, [True, True], [7, 3, 9, 1])
+    with pytest.raises(StageFailure, match=r"step 5 is not finite \(training blocks \[1, 9\]\).*no sharded checkpoint"):
+        trainer.check(4, [True, False], [7, 3, 9, 1])
+    trainer.saved = 2
+    with pytest.raises(StageFailure, match=r"blocks \[1, 3, 7, 9\].*checkpoint of step 2 is kept"):
+        trainer.check(4, [False, False], [7, 3, 9, 1])
+
+
+def test_single_overflows_of_float16_pass_and_a_long_row_does_not(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, applied=False)
+    for step in range(job.OVERFLOWS - 1):
+        trainer.check(step, [True], [0])
+    trainer.engine.was_step_applied = lambda: True
+    trainer.check(15, [True], [0])
+    trainer.engine.was_step_applied = lambda: False
+    for step in range(job.OVERFLOWS - 1):
+        trainer.check(step, [True], [0])
+    with pytest.raises(StageFailure, match=r"gradients of 16 steps one after another, up to step 32, overflow float16"):
+        trainer.check(31, [True], [0])
+
+
+def test_training_that_moves_nothing_fails(tmp_path: Path) -> None:
+    config = config_for(tmp_path).retrain
+    assert config is not None
+    job.require_change(Exported(trained_tensors=3, changed_tensors=1), config, [0.0])
+    with pytest.raises(
+        Fruitless, match=r"none of the 3 trained tensors has changed after 3 steps: raise .*learning_rate"
+    ):
+        job.require_change(Exported(trained_tensors=3), config, [0.0, 1e-9, 0.0])

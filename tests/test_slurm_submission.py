@@ -1,0 +1,108 @@
+"""What is handed to Slurm, and what is refused before."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, write_config
+
+from mpruner_dist.errors import StageFailure, UserError
+from mpruner_dist.submission import allocation, node, slurm
+from mpruner_dist.submission.slurm import Shape, plan_submissions
+
+
+@pytest.fixture
+def config(settings: dict[str, Any], tmp_path: Path) -> Path:
+    return write_config(tmp_path / "config.yaml", settings)
+
+
+def test_a_job_has_a_worker_on_each_gpu(config: Path, tmp_path: Path) -> None:
+    settings = ["retrain.batch_size=32"]
+    (job,) = plan_submissions(config, tmp_path / "run", settings, Shape("2", 8), ["--qos=long"])
+    command = job.command(None)
+    assert command[:2] == ["sbatch", "--parsable"]
+    assert {"--nodes=2", "--gpus-per-node=8", "--qos=long"} <= set(command)
+    assert command[command.index(str(slurm.SCRIPT)) + 1 :][:3] == [str(config), "--run-dir", str(tmp_path / "run")]
+    assert {"cluster.workers=16", "cluster.device=cuda"} <= set(command)
+
+
+def test_what_the_user_sets_stays(config: Path) -> None:
+    (job,) = plan_submissions(config, None, ["cluster.workers=2"], Shape("1", 8), [])
+    assert "cluster.workers=2" in job.arguments
+    assert "cluster.workers=8" not in job.arguments
+
+
+def test_a_chain_waits_for_its_first_job(config: Path) -> None:
+    first, second = plan_submissions(config, None, [], Shape("1"), [], then=Shape("2"))
+    assert first.arguments[-2:] == ["--until", "rewrite"]
+    assert "--until" not in second.arguments
+    assert {"--dependency=afterok:7", "--kill-on-invalid-dep=yes", "--nodes=2"} <= set(second.command("7"))
+
+
+def test_a_sweep_collects_once(config: Path, tmp_path: Path) -> None:
+    sweep = "plan.keep_layers=5,6"
+    first, second = plan_submissions(config, tmp_path / "run", [], Shape("1"), [], sweep=sweep)
+    assert first.arguments[-2:] == ["--command", "collect"]
+    assert "--array=0-1" in second.options
+    command, run = allocation.command_line(second.arguments, "1")
+    assert run == tmp_path / "run-plan.keep_layers-6"
+    assert command[command.index("--collected") + 1] == str(tmp_path / "run")
+    assert command[command.index("--set") + 1] == "plan.keep_layers=6"
+    with pytest.raises(UserError, match="no value for the task '2'"):
+        allocation.command_line(second.arguments, "2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": Shape("two")}, "--nodes two: write a number"),
+        ({"overrides": ["plan.keep_layer=3"]}, "did you mean 'keep_layers'"),
+        ({"shape": Shape("3", 8)}, "retrain.batch_size 4 must be a multiple of cluster.workers 24"),
+        ({"sweep": "plan.threshold"}, "write KEY=V1,V2"),
+        ({"sweep": "plan.keep_layers=4,many"}, "keep_layers"),
+        ({"sweep": "plan.keep_layers=4,5", "then": Shape("2")}, "do not go together"),
+    ],
+)
+def test_mistakes_come_back_before_anything_is_submitted(config: Path, changes: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"config": config, "run_dir": None, "overrides": [], "shape": Shape("1"), "options": []}
+    with pytest.raises(UserError, match=message):
+        plan_submissions(**(given | changes))
+
+
+def test_without_slurm_it_says_so(config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="sbatch is not on PATH"):
+        slurm.submit(plan_submissions(config, None, [], Shape("1"), []))
+
+
+def test_the_script_outside_of_slurm_says_what_to_do(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    script = [str(ROOT / "slurm/prune.sbatch"), "config.yaml"]
+    given = environment | {"MPRUNER_PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", *script], env=given, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "sbatch slurm/prune.sbatch CONFIG" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    missing = environment | {"MPRUNER_SITE": "/nowhere/site.env"}
+    done = subprocess.run(["bash", *script], env=missing, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "MPRUNER_SITE names /nowhere/site.env" in done.stderr
+
+
+def test_ray_takes_what_slurm_gave_and_collides_with_nothing() -> None:
+    environment = {"SLURM_CPUS_ON_NODE": "12", "CUDA_VISIBLE_DEVICES": "0,3", "SLURMD_NODENAME": "n7"}
+    head = node.ray_command("10.0.0.1:20123", Path("/tmp/x"), environment | {"SLURM_PROCID": "0"})
+    other = node.ray_command("10.0.0.1:20123", Path("/tmp/x"), environment | {"SLURM_PROCID": "1"})
+    assert {"--num-cpus=12", "--num-gpus=2", "--node-name=n7"} <= set(head) & set(other)
+    assert {"--head", "--port=20123", "--include-dashboard=false"} <= set(head)
+    assert "--head" not in other
+    assert "--address=10.0.0.1:20123" in other
+
+
+def test_a_head_that_others_cannot_reach_is_refused() -> None:
+    with pytest.raises(StageFailure, match=r"localhost resolves to 127\.0\.0\.1, which other nodes cannot reach"):
+        allocation._address_of("localhost", several=True)
+    assert allocation._address_of("localhost", several=False) == "127.0.0.1"
