@@ -110,9 +110,9 @@ def _collection(config: Config, checkpoint: CheckpointFolder, settings: Settings
     collect = config.collect
     # two streams of triangles of Gram matrices, and as much again while one is permuted
     memory = _weights(config, checkpoint, settings) + depth * collect.samples**2 * 4 * 2
-    turns = math.ceil(collect.num_batches / config.cluster.workers)
     tokens = collect.num_batches * collect.batch_size * config.data.block_size
-    in_all = "" if FACTS[config.model.task].reads == "images" else f" ({tokens:,})"
+    in_all = f" ({tokens:,})" if config.model.task == "causal-lm" else ""
+    turns = math.ceil(collect.num_batches / config.cluster.workers)
     return (
         f"{collect.num_batches} batches of {_sequences(config, collect.batch_size)}{in_all}, "
         f"{turns} turns a worker, {_bytes(memory)} a worker"

@@ -1,15 +1,11 @@
 """The script that makes the recipes' data: what it takes from the packages."""
 
-import importlib
 import io
 import json
-import sys
 import tarfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "launch"))
-recipes = importlib.import_module("prepare_recipes")
+import prepare_recipes as recipes
 
 
 def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:

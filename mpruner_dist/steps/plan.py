@@ -8,6 +8,7 @@ from typing import Any
 from mpruner_dist.checkpoints.naming import layer_parameters
 from mpruner_dist.config import PlanConfig
 from mpruner_dist.config.plan import JUDGED
+from mpruner_dist.config.task import FACTS
 from mpruner_dist.plan import Plan, format_layers
 from mpruner_dist.road import Road, Step
 from mpruner_dist.runs.commit import write_json
@@ -40,9 +41,9 @@ def plan(road: Road) -> Step:
         log.info("  keeps layers %s of %d", format_layers(plan.kept), plan.num_layers)
         if plan.judged:
             log.info(
-                "  loss %.4f without the others, %.4f with them: judged on %d tokens in %.1f passes",
+                "  loss %.4f without the others, %.4f with them: judged on %d %ss in %.1f passes",
                 plan.judged["loss"], plan.judged["loss_of_the_whole_model"], plan.judged["tokens"],
-                plan.judged["passes"],
+                FACTS[road.config.model.task].unit, plan.judged["passes"],
             )  # fmt: skip
 
     return inputs, ("plan.json",), make
