@@ -95,8 +95,8 @@ def influence_figure(influence_L: Floats, stderr_L: Floats | None, plan: Plan) -
     return svg(figure)
 
 
-def losses_figure(training: Curve, validation: Curve) -> str:
-    """Training and validation loss by step."""
+def losses_figure(training: Curve, validation: Curve, unit: str) -> str:
+    """Training and validation loss by step, in nats for each token, text or image."""
     figure, axes = wide_figure(2.9)
     if training:
         axes.plot(*zip(*training, strict=True), color=BLUE, alpha=0.75, linewidth=1, label="training")
@@ -104,7 +104,7 @@ def losses_figure(training: Curve, validation: Curve) -> str:
         axes.plot(*zip(*validation, strict=True), "o-", color=RED, markersize=4, linewidth=1.4, label="validation")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step", fontsize=9)
-    axes.set_ylabel("loss, nats per token", fontsize=9)
+    axes.set_ylabel(f"loss, nats per {unit}", fontsize=9)
     axes.legend(frameon=False, fontsize=9)
     return svg(figure)
 

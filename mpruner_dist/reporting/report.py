@@ -184,7 +184,8 @@ def _draw(facts: Facts, config: Config) -> dict[str, str]:
     if facts["comparison"]:
         figures["plans"] = plans_figure(facts["comparison"])
     if facts["retrain"]:
-        figures["losses"] = losses_figure(facts["retrain"]["loss"], facts["retrain"]["validation_loss"])
+        curves = facts["retrain"]
+        figures["losses"] = losses_figure(curves["loss"], curves["validation_loss"], facts["facts"].unit)
     if facts["rounds"]:
         figures["rounds"] = rounds_figure(facts["rounds"]["record"])
     return figures
