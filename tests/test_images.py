@@ -258,7 +258,8 @@ def test_the_stages_of_a_cnn_are_pruned_apart(idx: Path, tmp_path: Path, mpruner
     }
     asked["collect"] |= {"unit": "image", "batch_size": 10, "num_batches": 6}
     asked["plan"] = {"method": "anchor", "threshold": 0.9999, "protect_last": 0}
-    asked["retrain"] |= {"steps": 12, "batch_size": 8, "micro_batch_size": 4}
+    asked["retrain"] |= {"steps": 30, "batch_size": 16, "micro_batch_size": 8, "learning_rate": 3e-3, "save_every": 30}
+    asked["evaluate"] = {"batch_size": 20}
     asked["retrain"]["distillation"] = {"weight": 0.2, "hidden_weight": 0.1}
     config = write_config(tmp_path / "config.yaml", asked)
     code, output = mpruner("run", config, "--run-dir", tmp_path / "run", "--set", "cluster.workers=2")
