@@ -196,6 +196,7 @@ def test_a_time_limit_puts_a_job_back_and_scancel_ends_it(slurm: SlurmCluster, c
     run = config.parent / "cancelled"
     job = submit(slurm, config, run, "--nodes=2", "--time=2", "--signal=B:USR2@90")
     wait_until(lambda: "goes back into the queue" in log_of(config, job), 180, "the time limit")
+    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     wait_until(lambda: "start 2, on" in log_of(config, job), 60, "the job to begin again")
     wait_until(lambda: processes(slurm, "n2", WORKER), 120, "workers")
     slurm.run("scancel", job)
