@@ -148,11 +148,6 @@ class SlurmCluster:
             "--fork", "--kill-child=KILL", "--mount-proc", "bash", "-c", ENTER.format(root=self.root) + NODE, name,
         )  # fmt: skip
 
-    def crash(self, name: str) -> None:
-        """Switch a node off: all its processes die at once."""
-        self.processes[name].kill()
-        self.processes[name].wait()
-
     def link(self, name: str, state: str) -> None:
         """Take the network of a node `down` or `up`."""
         self._ip("-n", f"{self.label}-{name}", "link", "set", "eth0", state)

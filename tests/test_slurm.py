@@ -220,9 +220,13 @@ def test_a_sweep_collects_once_and_its_tasks_share_a_node(slurm: SlurmCluster, c
     sets = [word for setting in small for word in ("--set", setting)]
     where = ("--", "--cpus-per-task=1", "--mem=3000", "--nodelist=n1")
     first, array = submit_by_command(slurm, config, run, *sets, "--sweep", "plan.keep_layers=5,6", *where)
-    tasks = [slurm.wait_for(f"{array}_{number}") for number in range(2)]
     slurm.wait_for(first)
-    assert max(task["StartTime"] for task in tasks) < min(task["EndTime"] for task in tasks)
+    wait_until(lambda: len(processes(slurm, "n1", "raylet/raylet")) == 2, 120, "both tasks")
+    tasks = [slurm.facts(f"{array}_{number}") for number in range(2)]
+    alone = next(task["ArrayTaskId"] for task in tasks if task["JobId"] == array)  # its number is the array's too
+    slurm.run("scancel", "--batch", "--signal=USR2", f"{array}_{alone}")
+    tasks = [slurm.wait_for(f"{array}_{number}") for number in range(2)]
+    assert {task["ArrayTaskId"]: task["Restarts"] for task in tasks} == {alone: "1", str(1 - int(alone)): "0"}
     similarities = (run / "cka.json").read_text()
     for keep in (5, 6):
         folder = run.with_name(f"sweep-plan.keep_layers-{keep}")

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, write_config
 
 from mpruner_dist.errors import StageFailure, UserError
-from mpruner_dist.submission import allocation, node, slurm
+from mpruner_dist.submission import allocation, allotment, node, slurm
 from mpruner_dist.submission.slurm import Shape, plan_submissions
 
 
@@ -72,6 +72,51 @@ def test_mistakes_come_back_before_anything_is_submitted(config: Path, changes: 
         plan_submissions(**(given | changes))
 
 
+def test_rounds_are_not_divided_among_jobs(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["plan"] = {"method": "influence", "keep_layers": 5}
+    settings["rounds"] = {"tolerance": 0.1, "remove": 1}
+    config = write_config(tmp_path / "config.yaml", settings)
+    for divided in ({"then": Shape("2")}, {"sweep": "plan.keep_layers=4,5"}):
+        with pytest.raises(UserError, match="a run in rounds does again and again"):
+            plan_submissions(config, None, [], Shape("1"), [], **divided)  # type: ignore[arg-type]
+    assert len(plan_submissions(config, None, [], Shape("1"), [])) == 1
+
+
+@pytest.mark.parametrize("limit", ["10", "10:30", "1:00:00", "0:10:00", "1-0", "1-2:30", "2-03:04:05"])
+def test_times_of_slurm_are_understood(limit: str) -> None:
+    slurm.require_time(limit)
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [("2:00", "is 2 minutes: a start needs at least 10"), ("9", "is 9 minutes"), ("0:09:59", "is 9 minutes"),
+     ("8h", "write MINUTES"), ("1:2:3:4", "write MINUTES"), ("-5", "write MINUTES")],
+)  # fmt: skip
+def test_a_limit_in_which_nothing_gets_done_is_refused(limit: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        slurm.require_time(limit)
+
+
+def test_a_value_of_a_sweep_may_be_a_path(tmp_path: Path) -> None:
+    _, run = allocation.command_line(
+        ["c.yaml", "--run-dir", str(tmp_path / "run"), "--sweep", "plan.file=a/p.json"], "0"
+    )
+    assert run == tmp_path / "run-plan.file-a_p.json"
+
+
+def test_the_configuration_does_not_lead_to_another_ray() -> None:
+    command, _ = allocation.command_line(["c.yaml", "--set", "cluster.address=10.0.0.1:6379"], None)
+    assert command[-2:] == ["--set", "cluster.address=null"]
+
+
+def test_a_program_that_is_not_there_is_said(tmp_path: Path) -> None:
+    given = os.environ | {"MPRUNER_PYTHON": "/nowhere/python"}
+    script = ["bash", str(ROOT / "slurm/prune.sbatch"), "c.yaml"]
+    done = subprocess.run(script, env=given, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "MPRUNER_PYTHON names /nowhere/python, which is no program on" in done.stderr
+
+
 def test_without_slurm_it_says_so(config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="sbatch is not on PATH"):
@@ -104,5 +149,5 @@ def test_ray_takes_what_slurm_gave_and_collides_with_nothing() -> None:
 
 def test_a_head_that_others_cannot_reach_is_refused() -> None:
     with pytest.raises(StageFailure, match=r"localhost resolves to 127\.0\.0\.1, which other nodes cannot reach"):
-        allocation._address_of("localhost", several=True)
-    assert allocation._address_of("localhost", several=False) == "127.0.0.1"
+        allotment._address_of("localhost", several=True)
+    assert allotment._address_of("localhost", several=False) == "127.0.0.1"

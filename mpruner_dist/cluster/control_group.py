@@ -27,6 +27,6 @@ def _limited() -> Iterator[Path]:
 
 
 def _used(folder: Path) -> int:
-    """Bytes in use, without pages of files, which are given back before the limit is enforced."""
+    """Bytes in use, without pages of files, which are given back before the limit is enforced; shared memory is not."""
     stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    return int((folder / "memory.current").read_text()) - int(stat["file"])
+    return int((folder / "memory.current").read_text()) - (int(stat["file"]) - int(stat["shmem"]))

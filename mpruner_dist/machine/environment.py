@@ -135,7 +135,7 @@ def variables() -> Facts:
 
 
 def _masked(name: str, value: str) -> str:
-    if name == "RAY_ADDRESS":
+    if name.endswith("_ADDRESS") or name == "NCCL_COMM_ID":
         return "set"
     # a value may be JSON with variables in it (RAY_JOB_CONFIG_JSON_ENV_VAR), or a URL with a password
     told = f"{name} {value}".upper()

@@ -12,7 +12,6 @@ import os
 import secrets
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,95 +20,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import psutil
-
 from mpruner_dist.errors import MPrunerError, Preempted, StageFailure, UserError
 from mpruner_dist.logs import set_up_logging
 from mpruner_dist.runs.folder import begin_run
+from mpruner_dist.submission.allotment import Allocation
 
 log = logging.getLogger("mpruner_dist.submission")  # __name__ is __main__ here
 
+Process = subprocess.Popen[bytes]
 GRACE_S = 60
 """Seconds that a process has to end after it was asked."""
 MAX_LOST = 5
-"""A job is put back into the queue so often because its head was lost."""
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """What Slurm gave."""
-
-    job: str
-    hosts: list[str]
-    restarts: int
-
-    @staticmethod
-    def here() -> "Allocation":
-        """The one in whose batch step this process runs.
-
-        Raises:
-            UserError: it does not run in one.
-            StageFailure: Slurm contradicts itself.
-        """
-        if "SLURM_JOB_NODELIST" not in os.environ:
-            raise UserError("this is no job of Slurm: submit it, with `sbatch slurm/prune.sbatch CONFIG`")
-        hosts = _run("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
-        if len(hosts) != int(os.environ["SLURM_JOB_NUM_NODES"]):
-            raise StageFailure(f"Slurm gave {os.environ['SLURM_JOB_NUM_NODES']} node(s) and names {hosts}")
-        return Allocation(os.environ["SLURM_JOB_ID"], hosts, int(os.environ.get("SLURM_RESTART_COUNT", 0)))
-
-    def address(self) -> str:
-        """host:port for the head, which this node is; the port is the first free one from one that the job gives."""
-        host = _address_of(self.hosts[0], several=len(self.hosts) > 1)
-        first = 20000 + int(self.job) % 10000  # below the ports that systems hand out
-        for port in range(first, first + 1000):
-            with socket.socket() as trial:
-                if trial.connect_ex((host, port)) != 0:
-                    return f"{host}:{port}"
-        raise StageFailure(f"{host}: no port from {first} to {first + 999} is free")
-
-    @property
-    def temporary(self) -> Path:
-        """The beginning of the name of Ray's folder on each node; short, for names of sockets end at 107 bytes."""
-        return Path(os.environ.get("MPRUNER_TMP", "/tmp")) / f"mpruner-{os.getuid()}-{self.job}"
-
-
-def _address_of(host: str, several: bool) -> str:
-    """The address of this node on the network between the nodes.
-
-    Raises:
-        StageFailure: there is none.
-    """
-    interface = os.environ.get("MPRUNER_INTERFACE")
-    if interface:
-        addresses = [each.address for each in psutil.net_if_addrs().get(interface, []) if each.family == socket.AF_INET]
-        if not addresses:
-            raise StageFailure(f"MPRUNER_INTERFACE: {host} has no address on an interface {interface!r}")
-        return str(addresses[0])
-    try:
-        address = socket.gethostbyname(host)
-    except OSError as error:
-        raise StageFailure(f"{host} does not resolve ({error}): set MPRUNER_INTERFACE in the site file") from error
-    if several and address.startswith("127."):
-        raise StageFailure(
-            f"{host} resolves to {address}, which other nodes cannot reach: set MPRUNER_INTERFACE in the site file to "
-            "the interface between the nodes, such as ib0"
-        )
-    return address
+"""A job is put back into the queue so often because its Ray ended under the command."""
 
 
 @dataclass
 class _Signals:
-    """The first signal is for the command; what it was decides whether the job goes back into the queue."""
+    """The first signal that came; the loops that wait look for it."""
 
     received: str = ""
-    command: "subprocess.Popen[bytes] | None" = None
 
     def __call__(self, number: int, _: FrameType | None) -> None:
-        if not self.received:
-            self.received = signal.Signals(number).name
-            if self.command is not None:
-                self.command.send_signal(signal.SIGUSR2)  # it saves, and exits with 75
+        self.received = self.received or signal.Signals(number).name
 
 
 class HeadLost(StageFailure):
@@ -136,15 +68,20 @@ def run_in_allocation(arguments: list[str]) -> int:
     try:
         code = _on_all_nodes(command, allocation, run_dir / "logs", signals)
     except HeadLost as error:
-        if signals.received == "SIGTERM" or allocation.restarts >= MAX_LOST:
+        if _count(run_dir / "logs" / f".lost-{allocation.job}") > MAX_LOST:
             raise
         log.error("%s", error)
         code = Preempted.exit_code
-    if code == Preempted.exit_code and signals.received != "SIGTERM":
-        # after SIGTERM Slurm itself does what it was asked: it ends the job, or puts it back
-        log.info("job %s goes back into the queue; what was saved is kept", allocation.job)
-        _run("scontrol", "requeue", allocation.job)
+    if code == Preempted.exit_code:
+        allocation.requeue()
     return code
+
+
+def _count(file: Path) -> int:
+    """How often this was called for a file."""
+    number = int(file.read_text()) + 1 if file.exists() else 1
+    file.write_text(str(number))
+    return number
 
 
 def command_line(arguments: list[str], array_task: str | None) -> tuple[list[str], Path]:
@@ -172,7 +109,8 @@ def command_line(arguments: list[str], array_task: str | None) -> tuple[list[str
         except (ValueError, IndexError) as error:
             raise UserError(f"--sweep {given.sweep}: no value for the task {array_task!r} of an array") from error
         options += ["--set", f"{key}={value}", "--collected", str(run_dir)]
-        run_dir = run_dir.with_name(f"{run_dir.name}-{key}-{value}")
+        run_dir = run_dir.with_name(f"{run_dir.name}-{key}-{value.replace('/', '_')}")
+    options += ["--set", "cluster.address=null"]  # the job's own Ray, whatever cluster the configuration names
     command = [sys.executable, "-m", "mpruner_dist", given.command, str(given.config), "--run-dir", str(run_dir)]
     return [*command, *options], run_dir
 
@@ -182,10 +120,10 @@ def _on_all_nodes(command: list[str], allocation: Allocation, logs: Path, signal
     address = allocation.address()
     # in the environment alone: neither a file nor the list of processes shows it to others
     secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    environment = os.environ | secret | _network()
+    environment = _network() | os.environ | secret
     nodes = subprocess.Popen(_srun(allocation, address, logs), env=environment)
     try:
-        _wait_for_nodes(allocation, address, environment, nodes, logs)
+        _wait_for_nodes(allocation, address, environment, nodes, logs, signals)
         return _run_command(command, environment | {"RAY_ADDRESS": address}, signals, nodes)
     finally:
         _end(nodes, signal.SIGUSR1)
@@ -203,15 +141,16 @@ def _srun(allocation: Allocation, address: str, logs: Path) -> list[str]:
     return [
         "srun", "--nodes", count, "--ntasks", count, "--ntasks-per-node", "1", "--kill-on-bad-exit=1",
         "--cpu-bind=none", "--mem=0",  # all that the job has: else a step gets one CPU
+        "--export=ALL",  # also where the job was submitted with less: the token, and what the site file set
         "--open-mode=append", f"--output={logs}/ray-%N.log", f"--job-name=ray-{allocation.job}",
         sys.executable, "-m", "mpruner_dist.submission.node", address, str(allocation.temporary),
     ]  # fmt: skip
 
 
 def _wait_for_nodes(
-    allocation: Allocation, address: str, environment: dict[str, str], nodes: "subprocess.Popen[bytes]", logs: Path
+    allocation: Allocation, address: str, environment: dict[str, str], nodes: Process, logs: Path, signals: _Signals
 ) -> None:
-    """Return when Ray runs on all nodes.
+    """Return when Ray runs on all nodes, or a signal came.
 
     Raises:
         StageFailure: not in time, with the nodes that are missing.
@@ -221,19 +160,19 @@ def _wait_for_nodes(
     waiting = subprocess.Popen(
         [sys.executable, "-m", "mpruner_dist.submission.waiting", address, names, seconds], env=environment
     )
-    while waiting.poll() is None:
+    while waiting.poll() is None and not signals.received:
         if nodes.poll() is not None:
             waiting.kill()
             raise StageFailure(f"Ray did not start (srun ended with {nodes.returncode}); see {logs}/ray-*.log")
         time.sleep(0.2)
-    if waiting.returncode:
+    if signals.received:
+        waiting.kill()
+    elif waiting.returncode:
         raise StageFailure(f"not all nodes joined Ray; see {logs}/ray-*.log, and MPRUNER_WAIT_S in the site file")
 
 
-def _run_command(
-    command: list[str], environment: dict[str, str], signals: _Signals, nodes: "subprocess.Popen[bytes]"
-) -> int:
-    """Run it to its end; its exit code.
+def _run_command(command: list[str], environment: dict[str, str], signals: _Signals, nodes: Process) -> int:
+    """Run it to its end; its exit code. A signal is handed on: it saves, and exits with 75.
 
     Raises:
         HeadLost: Ray ended under it.
@@ -242,36 +181,27 @@ def _run_command(
         log.info("stopped by %s before the command began", signals.received)
         return Preempted.exit_code
     log.info("%s", shlex.join(command))
-    signals.command = subprocess.Popen(command, env=environment)
-    while signals.command.poll() is None:
+    process, told = subprocess.Popen(command, env=environment), False
+    while process.poll() is None:
         if nodes.poll() is not None:
-            _end(signals.command)
+            _end(process)
             raise HeadLost(f"Ray ended under the command (srun ended with {nodes.returncode})")
+        if signals.received and not told:
+            process.send_signal(signal.SIGUSR2)
+            told = True
         time.sleep(0.5)
-    code = signals.command.returncode
-    return code if code >= 0 else 128 - code  # ended by a signal
+    if told and process.returncode == -signal.SIGUSR2:  # it had not begun to listen
+        return Preempted.exit_code
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode  # ended by a signal
 
 
-def _end(process: "subprocess.Popen[bytes]", first: signal.Signals = signal.SIGTERM) -> None:
+def _end(process: Process, first: signal.Signals = signal.SIGTERM) -> None:
     """Ask a process to end, and make it."""
     for number in (first, signal.SIGTERM, signal.SIGKILL):
         if process.poll() is None:
             process.send_signal(number)
         with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_S)
-
-
-def _run(*command: str) -> str:
-    """Output of a command of Slurm.
-
-    Raises:
-        StageFailure: it failed.
-    """
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", "") or error
-        raise StageFailure(f"{shlex.join(command)}: {str(said).strip()}") from error
 
 
 def main() -> None:

@@ -25,6 +25,9 @@ def slurm(
     gpus_per_node: Annotated[
         int | None, typer.Option(min=1, help="A worker on each. Without it, workers as in CONFIG, on CPUs.")
     ] = None,
+    cpus_per_gpu: Annotated[
+        int | None, typer.Option(min=1, help="Slurm may give as little as one CPU a node without it.")
+    ] = None,
     partition: Annotated[str | None, typer.Option(help="Where to run.")] = None,
     account: Annotated[str | None, typer.Option(help="Who pays.")] = None,
     time: Annotated[
@@ -45,26 +48,33 @@ def slurm(
 ) -> None:
     """Run a configuration as a job of Slurm that goes back into the queue when it is preempted or out of time.
 
-    Example: mpruner submit slurm configs/mine.yaml --nodes 2 --gpus-per-node 8 --time 8:00:00 -- --qos=long
+    Example: mpruner submit slurm CONFIG --nodes 2 --gpus-per-node 8 --cpus-per-gpu 8 --time 8:00:00 -- --qos=long
     """
-    from mpruner_dist.submission.slurm import Shape, describe, plan_submissions, submit
+    from mpruner_dist.submission.slurm import Shape, describe, plan_submissions, require_time, submit
 
     if then not in (None, "retrain"):
         raise UserError(f"--then {then}: only `retrain` can follow")
     if then is None and (then_nodes or then_gpus_per_node):
         raise UserError("--then-nodes and --then-gpus-per-node go with --then retrain")
+    if time is not None:
+        require_time(time)
     named = {"partition": partition, "account": account, "time": time}
     given = [f"--{name}={value}" for name, value in named.items() if value is not None]
-    second = Shape(then_nodes or nodes, then_gpus_per_node or gpus_per_node) if then else None
+    first = Shape(nodes, gpus_per_node, cpus_per_gpu)
+    second = Shape(then_nodes or nodes, then_gpus_per_node or gpus_per_node, cpus_per_gpu) if then else None
     jobs = plan_submissions(
-        config, run_dir, override or [], Shape(nodes, gpus_per_node), [*given, *(options or [])],
-        then=second, sweep=sweep,
-    )  # fmt: skip
+        config, run_dir, override or [], first, [*given, *(options or [])], then=second, sweep=sweep
+    )
     if dry_run:
         typer.echo(describe(jobs))
         return
-    for number in submit(jobs):
-        typer.echo(f"job {number}, log mpruner-{number}.log; squeue -j {number}, scancel {number}")
+    for number, job in zip(submit(jobs), jobs, strict=True):
+        log = (
+            f"mpruner-{number}_TASK.log"
+            if any(option.startswith("--array") for option in job.options)
+            else (f"mpruner-{number}.log")
+        )
+        typer.echo(f"job {number}, log {log}; squeue -j {number}, scancel {number}")
 
 
 @app.command()

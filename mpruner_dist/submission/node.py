@@ -67,8 +67,9 @@ def keep_ray(address: str, temporary: Path) -> None:
     log.info("node %s: Ray with %s", name, " ".join(word for word in command if word.startswith("--num")))
     try:
         for start in range(MAX_STARTS):
-            stop.child = subprocess.Popen(command)
-            code = stop.child.wait()
+            if not stop.asked:
+                stop.child = subprocess.Popen(command)
+                code = stop.child.wait()
             if stop.asked == signal.SIGTERM:
                 raise StageFailure(f"node {name}: got SIGTERM")
             if stop.asked:

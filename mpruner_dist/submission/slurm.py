@@ -12,6 +12,7 @@ from mpruner_dist.config_file import load_config
 from mpruner_dist.errors import UserError
 
 SCRIPT = Path(__file__).parent / "prune.sbatch"
+LEAST_MINUTES = 10
 NOT_FOR_JOBS = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 """Of another cluster than the job's own; Slurm keeps the environment of a job in its files."""
 
@@ -23,11 +24,12 @@ class Shape:
     nodes: str = "1"
     """Their number, or `LEAST-MOST`."""
     gpus_per_node: int | None = None
+    cpus_per_gpu: int | None = None
 
     def options(self) -> list[str]:
         """Of sbatch."""
-        gpus = [f"--gpus-per-node={self.gpus_per_node}"] if self.gpus_per_node else []
-        return [f"--nodes={self.nodes}", *gpus]
+        given = {"gpus-per-node": self.gpus_per_node, "cpus-per-gpu": self.cpus_per_gpu}
+        return [f"--nodes={self.nodes}", *(f"--{name}={value}" for name, value in given.items() if value)]
 
     def settings(self) -> list[str]:
         """Of the run: a worker on each GPU, as many of them as Slurm gives. Workers on CPUs are in the configuration.
@@ -83,6 +85,8 @@ def plan_submissions(
     """
     if then is not None and sweep is not None:
         raise UserError("--then and --sweep do not go together: each task of a sweep retrains what it has pruned")
+    if (then or sweep) and load_config(config, overrides).rounds is not None:
+        raise UserError("--then and --sweep divide a run after its pruning, which a run in rounds does again and again")
     folder = (run_dir or Path("runs") / config.stem).absolute()
     base = [str(config.absolute()), "--run-dir", str(folder)]
     if sweep is None:
@@ -95,11 +99,31 @@ def plan_submissions(
         raise UserError(f"--sweep {sweep}: write KEY=V1,V2, such as plan.threshold=0.95,0.98")
     for value in values.split(","):
         load_config(config, [*overrides, f"{key}={value}"])
-    array = [f"--array=0-{len(values.split(',')) - 1}"]
+    array = [f"--array=0-{len(values.split(',')) - 1}", "--output=mpruner-%A_%a.log"]
     return [
         _job(config, base, overrides, shape, options, ["--command", "collect"]),
         _job(config, base, overrides, shape, [*options, *array], ["--sweep", sweep]),
     ]
+
+
+def require_time(limit: str) -> None:
+    """Refuse a time limit in which a job can hardly begin: two minutes before it, it goes back into the queue.
+
+    Raises:
+        UserError: it is no time of Slurm, or less than ten minutes.
+    """
+    days, dash, clock = limit.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdigit() for part in [*parts, *([days] if dash else [])]) or len(parts) > 3:
+        raise UserError(f"--time {limit}: write MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES")
+    numbers = [int(part) for part in parts]
+    if dash:
+        hours, minutes = ([*numbers, 0])[:2]
+        total = (int(days) * 24 + hours) * 60 + minutes
+    else:
+        total = numbers[0] * 60 + numbers[1] if len(numbers) == 3 else numbers[0]
+    if total < LEAST_MINUTES:
+        raise UserError(f"--time {limit} is {total} minutes: a start needs at least {LEAST_MINUTES}")
 
 
 def _job(
