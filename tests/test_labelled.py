@@ -13,13 +13,14 @@ from conftest import SIZES, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpruner_dist.config import Config, SourceConfig
+from mpruner_dist.config import CollectConfig, Config, SourceConfig
 from mpruner_dist.data.labelled import LabelledTexts, label_names
 from mpruner_dist.data.parts import load_part, save_part
 from mpruner_dist.data.prepare import prepare_data
 from mpruner_dist.data.sources import open_labelled
 from mpruner_dist.errors import UserError
 from mpruner_dist.models.loading import load_model
+from mpruner_dist.similarity.collect import grouped
 from mpruner_dist.tasks import TASKS
 
 MOODS = ["sad", "glad", "neither"]
@@ -174,3 +175,22 @@ def test_a_model_without_the_head_of_its_task_is_refused(tmp_path: Path) -> None
     transformers.BertModel(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"classifier\.bias is missing.*set model\.task to what it was trained for"):
         load_model(tmp_path, "float32", kind=HEAD)
+
+
+def test_batches_of_other_lengths_in_one_forward_pass_give_the_same_samples() -> None:
+    """As under ZeRO stage 3: all are padded to the longest text, and padding is no sample."""
+    lengths = np.array([3, 5, 4, 12, 9, 11, 4, 6], np.int32)
+    ids = np.zeros((8, 12), np.int32)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = 100 * row + np.arange(1, length + 1)  # each token is told from every other
+    part = LabelledTexts(ids, lengths, np.zeros(8, np.int32))
+    for unit, count in (("token", 7), ("sequence", 4)):
+        config = CollectConfig(unit=unit, batch_size=4, samples=count, skip_tokens=1)
+        group, together = grouped(part, [0, 1], config)
+        hidden = torch.from_numpy(group.ids)[:, :, None].float()
+        for batch, samples, of_batch in zip((0, 1), together, hidden.split(4), strict=True):
+            alone, (expected,) = grouped(part, [batch], config)
+            taken = expected.take(torch.from_numpy(alone.ids)[:, :, None].float())
+            assert torch.equal(samples.take(of_batch), taken)
+            assert torch.equal(samples.groups_N, expected.groups_N)
+            assert (taken > 0).all()
