@@ -17,6 +17,7 @@ from mpruner_dist.config import CollectConfig, Config, SourceConfig
 from mpruner_dist.data.labelled import LabelledTexts, label_names
 from mpruner_dist.data.parts import load_part, save_part
 from mpruner_dist.data.prepare import prepare_data
+from mpruner_dist.data.readers import make_reader
 from mpruner_dist.data.sources import open_labelled
 from mpruner_dist.errors import UserError
 from mpruner_dist.models.loading import load_model
@@ -82,8 +83,7 @@ def test_the_names_of_classes_are_the_models(tmp_path: Path) -> None:
 
 def test_parts_hold_ids_lengths_and_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_tokenizer(tmp_path / "model")
-    labels = {"id2label": {str(number): mood for number, mood in enumerate(MOODS)}}
-    (tmp_path / "model/config.json").write_text(json.dumps(labels))
+    transformers.BertConfig(id2label=dict(enumerate(MOODS))).save_pretrained(tmp_path / "model")
     longer = [record | {"text": " ".join(["w5"] * (1 + number % 20))} for number, record in enumerate(RECORDS)]
     path = write(tmp_path / "texts.jsonl", longer).path
     only_sad = write(tmp_path / "sad.jsonl", [record for record in RECORDS if record["mood"] == "sad"]).path
@@ -194,3 +194,26 @@ def test_batches_of_other_lengths_in_one_forward_pass_give_the_same_samples() ->
             assert torch.equal(samples.take(of_batch), taken)
             assert torch.equal(samples.groups_N, expected.groups_N)
             assert (taken > 0).all()
+
+
+def test_texts_are_padded_with_the_models_own_token(tmp_path: Path) -> None:
+    """The tokenizer's is 0. A decoder finds the end of a text by the token, an encoder does not need one."""
+    path = write(tmp_path / "texts.jsonl", [{"text": "w1 w2 w3", "mood": "sad"}, {"text": "w1", "mood": "glad"}]).path
+    config = Config.model_validate({
+        "model": {"path": "m", "task": "text-classification"},
+        "data": {part: {"path": path, "label_field": "mood", "take": take}
+                 for part, take in (("calibration", [0, 0.5]), ("test", [0.5, 1]))},
+    })  # fmt: skip
+    source = SourceConfig(path=path, label_field="mood")
+    make_tokenizer(tmp_path)
+
+    def ids(kind: Any, pad: int | None) -> list[list[int]]:
+        kind(pad_token_id=pad, id2label=dict(enumerate(MOODS))).save_pretrained(tmp_path)
+        part = make_reader(config, tmp_path).read(source, None, lambda records, *_: records)
+        return part.ids.tolist()
+
+    assert ids(transformers.LlamaConfig, 2) == ids(transformers.BertConfig, 2) == [[5, 6, 7], [5, 2, 2]]
+    assert ids(transformers.BertConfig, None) == [[5, 6, 7], [5, 0, 0]]
+    for pad in (None, -1):
+        with pytest.raises(UserError, match="set pad_token_id"):
+            ids(transformers.LlamaConfig, pad)
