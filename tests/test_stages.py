@@ -1,6 +1,7 @@
 """Models of stages: one count of layers, plans that keep to their stage, running means that all workers share."""
 
 import itertools
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,24 @@ from conftest import on_ranks
 from families import make_family
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from test_plans import random_cka, some_losses
 
+from mpruner_dist.checkpoints.export import export_weights
 from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.checkpoints.naming import layer_parameters
+from mpruner_dist.cluster.engine import make_engine
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import LoraConfig, PlanConfig, RetrainConfig
-from mpruner_dist.errors import UserError
+from mpruner_dist.errors import Fruitless, UserError
 from mpruner_dist.models.loading import load_model, read_config
 from mpruner_dist.models.naming import layer_names
 from mpruner_dist.models.stacks import run_blocks
 from mpruner_dist.planning.planner import make_plan
-from mpruner_dist.retraining.preparation import normalisations, prepare_model, share_normalisations
+from mpruner_dist.retraining.checkpoints import find_checkpoint, load_checkpoint, loading_settings, save_checkpoint
+from mpruner_dist.retraining.job import require_change
+from mpruner_dist.retraining.preparation import normalisations, prepare_model, running_means, share_normalisations
+from mpruner_dist.retraining.resume import prepare_resume
 from mpruner_dist.similarity.tap import summed_angles
 
 STAGES = [3, 4, 5]
@@ -117,3 +124,56 @@ def share(folder: str) -> None:
 
 def test_workers_share_running_means_and_nothing_else(tmp_path: Path) -> None:
     on_ranks(3, share, str(tmp_path))
+
+
+def test_running_means_alone_are_no_training(tmp_path: Path) -> None:
+    small_resnet(tmp_path / "pruned")
+    model = load_model(tmp_path / "pruned", "float32", kind="AutoModelForImageClassification")
+    pruned = read_checkpoint(tmp_path / "pruned")
+    weights = prepare_model(model, pruned, RetrainConfig(), None)
+    model(pixel_values=torch.rand(4, 3, 16, 16))
+    counts = export_weights(weights, pruned, tmp_path / "out", lambda *_: nullcontext(), is_writer=True)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "out"))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert counts.trained_tensors == len(list(model.parameters()))
+    with pytest.raises(Fruitless, match=r"none of the .* trained tensors has changed"):
+        require_change(counts, RetrainConfig(), [1e-3])
+
+
+RESUMED: dict[str, Any] = {
+    "train_batch_size": 2,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+    "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 10, "warmup_num_steps": 2}},
+}
+
+
+def save_or_resume(folder: Path, stage: int) -> None:
+    """One step and a checkpoint; where there is one, its running means must come back."""
+    ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    worker = Worker(rank, ranks, rank, ranks, "cpu", folder, "test")
+    run, settings = folder / "run", RESUMED | {"zero_optimization": {"stage": stage}}
+    settings["train_micro_batch_size_per_gpu"] = 2 // ranks
+    found = find_checkpoint(worker, run, settings)
+    model = load_model(folder / "model", "float32", kind="AutoModelForImageClassification").train()
+    engine = make_engine(model, loading_settings(found, settings), list(model.parameters()))
+    if load_checkpoint(worker, engine, run, found):
+        expected = torch.load(folder / "means.pt")
+        assert (found is not None and found.universal, len(expected)) == (True, 3 * len(normalisations(engine.module)))
+        for name, buffer in running_means(engine.module).items():
+            assert torch.equal(buffer, expected[name]), name
+        return
+    pixels = torch.rand(2 // ranks, 3, 16, 16, generator=torch.Generator().manual_seed(rank))
+    engine.backward(engine(pixel_values=pixels).logits.square().mean())
+    engine.step()
+    share_normalisations(worker, engine.module)
+    save_checkpoint(worker, engine, run, 1, keep=1)
+    if rank == 0:
+        torch.save(running_means(engine.module), folder / "means.pt")
+
+
+@pytest.mark.ray
+def test_running_means_come_back_whatever_the_number_of_workers_and_the_zero_stage(tmp_path: Path) -> None:
+    small_resnet(tmp_path / "model")
+    on_ranks(2, save_or_resume, tmp_path, 1)
+    prepare_resume(tmp_path / "run", {"zero_optimization": {"stage": 3}}, 1)
+    on_ranks(1, save_or_resume, tmp_path, 3)

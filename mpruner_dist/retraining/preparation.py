@@ -55,7 +55,7 @@ def prepare_model(
         # the other kind would need inputs with gradients, which frozen embeddings do not give
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    moving = {id(buffer) for module in normalisations(model) for buffer in module.buffers()}
+    moving = {id(buffer) for buffer in running_means(model).values()}
     return {
         name: weight
         if weight.parameter.requires_grad or id(weight.parameter) in moving
@@ -69,12 +69,17 @@ def normalisations(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
 
 
+def running_means(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """By name, the buffers of all batch normalisations: means, variances, and how many batches they have seen."""
+    moving = {id(buffer) for module in normalisations(model) for buffer in module.buffers()}
+    return {name: buffer for name, buffer in model.named_buffers() if id(buffer) in moving}
+
+
 def share_normalisations(worker: Worker, model: torch.nn.Module) -> None:
     """Make the running means and variances of all workers their mean, so that each has the same."""
-    for module in normalisations(model):
-        for buffer in module.buffers():
-            if buffer.is_floating_point():
-                worker.sum_over_workers(buffer).div_(worker.world_size)
+    for buffer in running_means(model).values():
+        if buffer.is_floating_point():
+            worker.sum_over_workers(buffer).div_(worker.world_size)
 
 
 def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
