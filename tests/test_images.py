@@ -115,6 +115,10 @@ def test_the_format_is_the_models(tmp_path: Path) -> None:
     assert form({}, scaled) == PixelFormat(3, (16, 24), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert form({}, {"size": {"shortest_edge": 32}}).size == (32, 32)
     assert form({}).size is None
+    assert form({}, {"size": 224}).size == (224, 224)
+    dinov2 = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
+    assert form({"image_size": 518}, dinov2).size == (224, 224)
+    assert form({"image_size": 30}, {"size": {"longest_edge": 20}}).size == (30, 30)
     with pytest.raises(UserError, match="scales 3 channels, the model has 1"):
         form({"num_channels": 1}, scaled)
 

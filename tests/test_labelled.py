@@ -61,6 +61,12 @@ def test_names_of_a_saved_set_count_where_the_model_has_names(tmp_path: Path) ->
     assert [label for _, label in unnamed] == [other.index(record["mood"]) for record in RECORDS]
 
 
+def test_a_picture_beside_texts_is_no_matter(tmp_path: Path) -> None:
+    source = write(tmp_path / "texts.jsonl", RECORDS)
+    (tmp_path / "figure.png").write_bytes(b"")
+    assert read(source.model_copy(update={"path": str(tmp_path)}), MOODS) == EXPECTED
+
+
 def test_what_is_no_class_is_refused_by_record_and_name(tmp_path: Path) -> None:
     for label in ("angry", 3, -1, None, True, 0.5):
         source = write(tmp_path / "texts.jsonl", [{"text": "w1", "mood": label}])

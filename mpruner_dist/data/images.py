@@ -85,10 +85,11 @@ def pixel_format(model_folder: Path) -> PixelFormat:
     config = json.loads((model_folder / "config.json").read_text())
     file = model_folder / "preprocessor_config.json"
     processor = json.loads(file.read_text()) if file.is_file() else {}
-    channels, size = int(config.get("num_channels", 3)), config.get("image_size")
-    if size is None:  # convolutions take any size: that of their training
-        asked = processor.get("crop_size") or processor.get("size") or {}
-        size = (asked["height"], asked["width"]) if "height" in asked else asked.get("shortest_edge")
+    channels = int(config.get("num_channels", 3))
+    asked = processor.get("crop_size") or processor.get("size")  # of a model that takes any, the size of its training
+    if isinstance(asked, dict):
+        asked = [asked["height"], asked["width"]] if "height" in asked else asked.get("shortest_edge")
+    size = asked or config.get("image_size")
     mean, std = (processor.get(name) or [0.5] * channels for name in ("image_mean", "image_std"))
     if len(mean) != channels or len(std) != channels:
         raise UserError(
