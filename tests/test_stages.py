@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -19,12 +20,14 @@ from mpruner_dist.checkpoints.export import export_weights
 from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.checkpoints.naming import layer_parameters
 from mpruner_dist.cluster.engine import make_engine
+from mpruner_dist.cluster.settings import inference_settings
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import LoraConfig, PlanConfig, RetrainConfig
 from mpruner_dist.errors import Fruitless, UserError
 from mpruner_dist.models.loading import load_model, read_config
 from mpruner_dist.models.naming import layer_names
 from mpruner_dist.models.stacks import run_blocks
+from mpruner_dist.planning.clusters import open_decisions
 from mpruner_dist.planning.planner import make_plan
 from mpruner_dist.retraining.checkpoints import find_checkpoint, load_checkpoint, loading_settings, save_checkpoint
 from mpruner_dist.retraining.job import require_change
@@ -59,6 +62,25 @@ def test_a_threshold_lets_go_what_is_alike_within_a_stage() -> None:
     assert make_plan(cka, PlanConfig(threshold=0.9, protect_last=0)).kept == [0]
     with pytest.raises(UserError, match="keeping 2 layers would remove one of the protected"):
         make_plan(cka, PlanConfig(method="partition", keep_layers=2), stages=STAGES)
+
+
+def test_no_threshold_lies_below_what_is_alike_within_a_stage() -> None:
+    """Stages of 4, of which the first layer always stays, and with `keep: last` the last: only two can go of each."""
+    cka = random_cka(0, 12)
+    for remove in (6, 7, 8):
+        config = PlanConfig(method="anchor", keep="last", keep_layers=12 - remove, protect_first=0, protect_last=0)
+        if remove == 6:
+            assert all(max(c) // 4 == min(c) // 4 for c in make_plan(cka, config, stages=[4, 4, 4]).clusters)
+        else:
+            with pytest.raises(UserError, match=f"no threshold makes clusters that let {remove} of 12 layers go"):
+                make_plan(cka, config, stages=[4, 4, 4])
+
+
+def test_only_comparisons_within_a_stage_are_open() -> None:
+    cka = np.full((6, 6), 0.9)
+    unsure = np.full((6, 6), np.inf)
+    assert open_decisions(cka, unsure, 0.8, 2.0, {0, 3}) == [(0, 1), (0, 2), (3, 4), (3, 5)]
+    assert open_decisions(cka, np.zeros((6, 6)), 0.8, 2.0, {0, 3}) == []
 
 
 def test_the_layers_of_all_stages_are_counted_in_order(tmp_path: Path) -> None:
@@ -138,6 +160,19 @@ def test_running_means_alone_are_no_training(tmp_path: Path) -> None:
     assert counts.trained_tensors == len(list(model.parameters()))
     with pytest.raises(Fruitless, match=r"none of the .* trained tensors has changed"):
         require_change(counts, RetrainConfig(), [1e-3])
+
+
+def forward_in_bfloat16(folder: str) -> None:
+    model = load_model(Path(folder), "bfloat16", kind="AutoModelForImageClassification")
+    engine = make_engine(model, inference_settings({}, 0, "bfloat16"))
+    logits = engine(pixel_values=torch.rand(2, 3, 16, 16)).logits
+    assert logits.dtype == torch.bfloat16
+    assert logits.isfinite().all()
+
+
+def test_pixels_are_given_in_the_models_number_type(tmp_path: Path) -> None:
+    small_resnet(tmp_path)
+    on_ranks(1, forward_in_bfloat16, str(tmp_path))
 
 
 RESUMED: dict[str, Any] = {
