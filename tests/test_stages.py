@@ -3,6 +3,7 @@
 import itertools
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,16 +25,20 @@ from mpruner_dist.cluster.settings import inference_settings
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import LoraConfig, PlanConfig, RetrainConfig
 from mpruner_dist.errors import Fruitless, UserError
+from mpruner_dist.models.blocks import normalisations
 from mpruner_dist.models.loading import load_model, read_config
 from mpruner_dist.models.naming import layer_names
 from mpruner_dist.models.stacks import run_blocks
+from mpruner_dist.plan import Plan
 from mpruner_dist.planning.clusters import open_decisions
 from mpruner_dist.planning.planner import make_plan
 from mpruner_dist.retraining.checkpoints import find_checkpoint, load_checkpoint, loading_settings, save_checkpoint
 from mpruner_dist.retraining.job import require_change
-from mpruner_dist.retraining.preparation import normalisations, prepare_model, running_means, share_normalisations
+from mpruner_dist.retraining.preparation import prepare_model, running_means, share_normalisations
 from mpruner_dist.retraining.resume import prepare_resume
+from mpruner_dist.retraining.targets import require_targets
 from mpruner_dist.similarity.tap import summed_angles
+from mpruner_dist.steps.retrain import retrain
 
 STAGES = [3, 4, 5]
 STARTS = {0, 3, 7}
@@ -120,6 +125,10 @@ def test_part_of_a_model_with_batch_normalisation_is_not_trained(tmp_path: Path,
     config = RetrainConfig(lora=changes.get("lora"))
     with pytest.raises(UserError, match="ResNetForImageClassification has batch normalisation"):
         prepare_model(model, read_checkpoint(tmp_path), config, changes.get("layers"))
+    early = RetrainConfig(lora=config.lora, trainable="neighbours" if "layers" in changes else "all")
+    with pytest.raises(UserError, match="ResNetForImageClassification has batch normalisation"):
+        require_targets(early, read_config(tmp_path))
+    require_targets(RetrainConfig(), read_config(tmp_path))
 
 
 def test_running_means_are_written_back_and_not_held_still(tmp_path: Path) -> None:
@@ -160,6 +169,24 @@ def test_running_means_alone_are_no_training(tmp_path: Path) -> None:
     assert counts.trained_tensors == len(list(model.parameters()))
     with pytest.raises(Fruitless, match=r"none of the .* trained tensors has changed"):
         require_change(counts, RetrainConfig(), [1e-3])
+
+
+def test_a_micro_batch_counts_only_where_it_is_normalised(tmp_path: Path) -> None:
+    """Other results lie in another folder: training with another size does not go on from them."""
+    small_resnet(tmp_path / "resnet")
+    make_family("llama", tmp_path / "llama")
+
+    def inputs(kind: str, size: int) -> dict[str, Any]:
+        section = RetrainConfig(micro_batch_size=size)
+        config = SimpleNamespace(retrain=section, model=SimpleNamespace(dtype="float32"))
+        road: Any = SimpleNamespace(
+            config=config, plan=lambda: Plan.keeping(4, [0, 2, 3]), text=str, model_id=kind,
+            checkpoint=read_checkpoint(tmp_path / kind),
+        )  # fmt: skip
+        return retrain(road)[0]
+
+    assert inputs("resnet", 1) != inputs("resnet", 2)
+    assert inputs("llama", 1) == inputs("llama", 2)
 
 
 def forward_in_bfloat16(folder: str) -> None:

@@ -9,9 +9,11 @@ from mpruner_dist.checkpoints.folder import CheckpointFolder
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import RetrainConfig
 from mpruner_dist.errors import UserError
+from mpruner_dist.models.blocks import normalisations
 from mpruner_dist.models.naming import model_names
 from mpruner_dist.models.stacks import run_blocks
 from mpruner_dist.retraining.adapters import attach_adapters
+from mpruner_dist.retraining.targets import require_no_running_means
 
 
 def prepare_model(
@@ -40,11 +42,8 @@ def prepare_model(
         blocks = run_blocks(model)
         for layer in layers:
             blocks[layer].requires_grad_(True)
-    if (layers is not None or config.lora is not None) and normalisations(model):
-        raise UserError(
-            f"{type(model).__name__} has batch normalisation, which changes in every forward pass: set "
-            "retrain.trainable all, and leave retrain.lora out"
-        )
+    if layers is not None or config.lora is not None:
+        require_no_running_means(model)
     weights = {name: Weight(parameter) for name, parameter in parameters.items()}
     if config.lora is not None:
         adapters = attach_adapters(model, config.lora, layers, config.seed)
@@ -62,11 +61,6 @@ def prepare_model(
         else Weight(weight.parameter, True, weight.beside, weight.added)
         for name, weight in weights.items()
     }
-
-
-def normalisations(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Batch normalisations: while they train, they gather running means and variances of what they see."""
-    return [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
 
 
 def running_means(model: torch.nn.Module) -> dict[str, torch.Tensor]:
