@@ -91,7 +91,7 @@ class ImageReader:
         """An image a record, in the model's size."""
         records, number = open_images(source, self.labels)
         watched = watch(records, number, lambda record: hashlib.sha256(record[0].tobytes()).hexdigest())
-        return make_images(watched, self.form, source.path, limit)
+        return make_images(watched, self.form, source.path, number if limit is None else min(limit, number))
 
     def facts(self, part: LabelledImages) -> dict[str, Any]:
         """The number of images of each class."""
