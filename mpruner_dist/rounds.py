@@ -12,6 +12,8 @@ from typing import Any
 
 from mpruner_dist.config import CLUSTERED, Config, RoundsConfig
 from mpruner_dist.errors import Fruitless, UserError
+from mpruner_dist.planning.budget import protected_layers
+from mpruner_dist.planning.clusters import stage_starts
 from mpruner_dist.road import Road
 from mpruner_dist.runs.commit import write_json
 from mpruner_dist.runs.folder import RunFolder
@@ -34,7 +36,8 @@ class Base:
 def prune_in_rounds(road: Road, again: bool = False) -> None:
     """Walk round after round until one of the reasons to stop; then put the result into the run folder.
 
-    Stops where a plan removes nothing, the budget of layers is reached, no stride is left, or after `max_rounds`.
+    Stops where a plan removes nothing, the budget of layers is reached or would take the first layer of a stage, no
+    stride is left, or after `max_rounds`.
 
     Args:
         road: of the whole run, whose text is made.
@@ -57,6 +60,9 @@ def prune_in_rounds(road: Road, again: bool = False) -> None:
     while not (stop := _reason_to_stop(road.config, base, stride, len(history))):
         number = len(history) + 1
         current = _begin_round(road, number, base, stride, folders)
+        if history and (stop := _too_few(current, len(base.layers))):
+            break
+        _walk(current, ["plan"])
         plan = current.plan()
         if not plan.dropped:
             stop = "no layers are alike enough: every cluster is a single layer"
@@ -98,7 +104,7 @@ def _reason_to_stop(config: Config, base: Base, stride: int, done: int) -> str:
 
 
 def _begin_round(road: Road, number: int, base: Base, stride: int, folders: dict[int, RunFolder]) -> Road:
-    """Collect and plan; where an earlier round began from the same model, its similarities are taken over."""
+    """Collect; where an earlier round began from the same model, its similarities are taken over."""
     config = round_config(road.config, base, stride)
     folder = RunFolder(road.folder / f"round-{number:02d}", config.to_yaml())
     (folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -110,8 +116,21 @@ def _begin_round(road: Road, number: int, base: Base, stride: int, folders: dict
         folder.adopt("collect", folders[base.round])
     folders[base.round] = folder
     current = Road(config, folder, run=road, layers=base.layers)
-    _walk(current, ["collect", "plan"])
+    _walk(current, ["collect"])
     return current
+
+
+def _too_few(road: Road, depth: int) -> str:
+    """Why a round could only remove layers that always stay; empty if it need not."""
+    if (keep := road.config.plan.keep_layers) is None:
+        return ""
+    stacks: dict[str, int] = json.loads((road.folder / "cka.json").read_text()).get("stacks") or {}
+    stay = len(protected_layers(depth, road.config.plan) | stage_starts(list(stacks.values())))
+    if keep >= stay:
+        return ""
+    return (
+        f"{depth} layers are left, {stay} of which always stay, as the first of a stage does: a round would keep {keep}"
+    )
 
 
 def round_config(config: Config, base: Base, stride: int) -> Config:

@@ -36,6 +36,7 @@ class Loop:
         self.plan: Callable[[int, Any], list[int]] = lambda depth, plan: list(range(2, depth, plan.stride + 1))
         self.value: Callable[[list[int]], float] = lambda kept: 10.0 + (DEPTH - len(kept)) / 10
         self.made: list[str] = []
+        self.stacks: dict[str, int] | None = None
         monkeypatch.setattr(rounds, "STEPS", {n: self.step(n) for n in ("collect", "plan", "rewrite", "retrain")})
         monkeypatch.setattr(rounds, "ROUND_STEPS", {name: self.step(name) for name in ("baseline", "gate", "result")})
         monkeypatch.setattr(rounds, "Road", self.road)
@@ -49,7 +50,8 @@ class Loop:
     def step(self, name: str) -> Any:
         def step(road: Any) -> Any:
             where = road.folder / f"{name}.json"
-            return {"model": road.config.model.path}, (where.name,), lambda: write_json(where, self.content(name, road))
+            outputs = (where.name, "cka.json") if name == "collect" else (where.name,)
+            return {"model": road.config.model.path}, outputs, lambda: write_json(where, self.content(name, road))
 
         return step
 
@@ -59,6 +61,8 @@ class Loop:
             depth = self.layers(road.config.model.path)
             dropped = self.plan(len(depth), road.config.plan)
             return Plan.keeping(len(depth), [at for at in range(len(depth)) if at not in dropped]).model_dump()
+        if name == "collect":
+            write_json(road.folder / "cka.json", {"stacks": self.stacks})
         if name == "gate":
             entry = json.loads((road.folder / "plan.json").read_text())
             layers = self.layers(road.config.model.path)

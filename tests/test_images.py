@@ -115,6 +115,10 @@ def test_the_format_is_the_models(tmp_path: Path) -> None:
     assert form({}, scaled) == PixelFormat(3, (16, 24), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert form({}, {"size": {"shortest_edge": 32}}).size == (32, 32)
     assert form({}).size is None
+    assert form({}, {"size": 224}).size == (224, 224)
+    dinov2 = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
+    assert form({"image_size": 518}, dinov2).size == (224, 224)
+    assert form({"image_size": 30}, {"size": {"longest_edge": 20}}).size == (30, 30)
     with pytest.raises(UserError, match="scales 3 channels, the model has 1"):
         form({"num_channels": 1}, scaled)
 
@@ -122,16 +126,19 @@ def test_the_format_is_the_models(tmp_path: Path) -> None:
 def test_images_of_several_sizes_need_a_size() -> None:
     records = [(np.zeros((4, 4), np.uint8), 0), (np.zeros((4, 5), np.uint8), 0)]
     with pytest.raises(UserError, match="images of several sizes"):
-        make_images(records, GREY, "somewhere", None)
+        make_images(records, GREY, "somewhere", 2)
 
 
 def test_pixels_reach_the_model_scaled(tmp_path: Path) -> None:
     pixels, labels = some_images(3)
     form = PixelFormat(1, None, (0.25,), (0.5,))
-    part = make_images(zip(pixels, labels.tolist(), strict=True), form, "here", None)
+    part = make_images(zip(pixels, labels.tolist(), strict=True), form, "here", 5)  # there are only three
     save_part(tmp_path / "part.safetensors", part)
     read = load_part(tmp_path / "part.safetensors")
     assert isinstance(read, LabelledImages)
+    assert len(read) == 3
+    assert isinstance(read.pixels, np.memmap)  # in the file
+    assert not isinstance(read.rows([2, 0]).pixels, np.memmap)  # in memory
     batch = TASKS["image-classification"].batch(read.rows([2, 0]), torch.device("cpu"))
     expected = (torch.from_numpy(pixels[[2, 0]]).float() / 255 - 0.25) / 0.5
     torch.testing.assert_close(batch.inputs["pixel_values"], expected[:, None])

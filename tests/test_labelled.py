@@ -13,13 +13,15 @@ from conftest import SIZES, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpruner_dist.config import Config, SourceConfig
+from mpruner_dist.config import CollectConfig, Config, SourceConfig
 from mpruner_dist.data.labelled import LabelledTexts, label_names
 from mpruner_dist.data.parts import load_part, save_part
 from mpruner_dist.data.prepare import prepare_data
+from mpruner_dist.data.readers import make_reader
 from mpruner_dist.data.sources import open_labelled
 from mpruner_dist.errors import UserError
 from mpruner_dist.models.loading import load_model
+from mpruner_dist.similarity.collect import grouped
 from mpruner_dist.tasks import TASKS
 
 MOODS = ["sad", "glad", "neither"]
@@ -59,6 +61,12 @@ def test_names_of_a_saved_set_count_where_the_model_has_names(tmp_path: Path) ->
     assert [label for _, label in unnamed] == [other.index(record["mood"]) for record in RECORDS]
 
 
+def test_a_picture_beside_texts_is_no_matter(tmp_path: Path) -> None:
+    source = write(tmp_path / "texts.jsonl", RECORDS)
+    (tmp_path / "figure.png").write_bytes(b"")
+    assert read(source.model_copy(update={"path": str(tmp_path)}), MOODS) == EXPECTED
+
+
 def test_what_is_no_class_is_refused_by_record_and_name(tmp_path: Path) -> None:
     for label in ("angry", 3, -1, None, True, 0.5):
         source = write(tmp_path / "texts.jsonl", [{"text": "w1", "mood": label}])
@@ -81,8 +89,7 @@ def test_the_names_of_classes_are_the_models(tmp_path: Path) -> None:
 
 def test_parts_hold_ids_lengths_and_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_tokenizer(tmp_path / "model")
-    labels = {"id2label": {str(number): mood for number, mood in enumerate(MOODS)}}
-    (tmp_path / "model/config.json").write_text(json.dumps(labels))
+    transformers.BertConfig(id2label=dict(enumerate(MOODS))).save_pretrained(tmp_path / "model")
     longer = [record | {"text": " ".join(["w5"] * (1 + number % 20))} for number, record in enumerate(RECORDS)]
     path = write(tmp_path / "texts.jsonl", longer).path
     only_sad = write(tmp_path / "sad.jsonl", [record for record in RECORDS if record["mood"] == "sad"]).path
@@ -174,3 +181,45 @@ def test_a_model_without_the_head_of_its_task_is_refused(tmp_path: Path) -> None
     transformers.BertModel(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"classifier\.bias is missing.*set model\.task to what it was trained for"):
         load_model(tmp_path, "float32", kind=HEAD)
+
+
+def test_batches_of_other_lengths_in_one_forward_pass_give_the_same_samples() -> None:
+    """As under ZeRO stage 3: all are padded to the longest text, and padding is no sample."""
+    lengths = np.array([3, 5, 4, 12, 9, 11, 4, 6], np.int32)
+    ids = np.zeros((8, 12), np.int32)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = 100 * row + np.arange(1, length + 1)  # each token is told from every other
+    part = LabelledTexts(ids, lengths, np.zeros(8, np.int32))
+    for unit, count in (("token", 7), ("sequence", 4)):
+        config = CollectConfig(unit=unit, batch_size=4, samples=count, skip_tokens=1)
+        group, together = grouped(part, [0, 1], config)
+        hidden = torch.from_numpy(group.ids)[:, :, None].float()
+        for batch, samples, of_batch in zip((0, 1), together, hidden.split(4), strict=True):
+            alone, (expected,) = grouped(part, [batch], config)
+            taken = expected.take(torch.from_numpy(alone.ids)[:, :, None].float())
+            assert torch.equal(samples.take(of_batch), taken)
+            assert torch.equal(samples.groups_N, expected.groups_N)
+            assert (taken > 0).all()
+
+
+def test_texts_are_padded_with_the_models_own_token(tmp_path: Path) -> None:
+    """The tokenizer's is 0. A decoder finds the end of a text by the token, an encoder does not need one."""
+    path = write(tmp_path / "texts.jsonl", [{"text": "w1 w2 w3", "mood": "sad"}, {"text": "w1", "mood": "glad"}]).path
+    config = Config.model_validate({
+        "model": {"path": "m", "task": "text-classification"},
+        "data": {part: {"path": path, "label_field": "mood", "take": take}
+                 for part, take in (("calibration", [0, 0.5]), ("test", [0.5, 1]))},
+    })  # fmt: skip
+    source = SourceConfig(path=path, label_field="mood")
+    make_tokenizer(tmp_path)
+
+    def ids(kind: Any, pad: int | None) -> list[list[int]]:
+        kind(pad_token_id=pad, id2label=dict(enumerate(MOODS))).save_pretrained(tmp_path)
+        part = make_reader(config, tmp_path).read(source, None, lambda records, *_: records)
+        return part.ids.tolist()
+
+    assert ids(transformers.LlamaConfig, 2) == ids(transformers.BertConfig, 2) == [[5, 6, 7], [5, 2, 2]]
+    assert ids(transformers.BertConfig, None) == [[5, 6, 7], [5, 0, 0]]
+    for pad in (None, -1):
+        with pytest.raises(UserError, match="set pad_token_id"):
+            ids(transformers.LlamaConfig, pad)

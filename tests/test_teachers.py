@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from conftest import WORDS, make_model, make_tokenizer
 
 from mpruner_dist.config import DistillationConfig
@@ -55,6 +56,22 @@ def test_hidden_states_need_the_same_width_and_depth(tiny: Path, tmp_path: Path)
     assert "has hidden_size 64, the model 32" in refusal(wider, tiny, hidden_weight=0.1)
     deeper = model_like(tiny, tmp_path / "deeper", num_hidden_layers=9)
     assert "has num_hidden_layers 9, the model 8" in refusal(deeper, tiny, hidden_weight=0.1)
+
+
+def test_hidden_states_of_stages_need_the_same_widths_and_depths(tmp_path: Path) -> None:
+    for name, depths, widths in (("model", [2, 2], [4, 8]), ("deeper", [2, 3], [4, 8]), ("wider", [2, 2], [4, 9])):
+        transformers.ResNetConfig(embedding_size=4, hidden_sizes=widths, depths=depths).save_pretrained(tmp_path / name)
+    shutil.copytree(tmp_path / "model", tmp_path / "same")
+    config = DistillationConfig(hidden_weight=0.1)
+
+    def require(teacher: str) -> None:
+        require_fitting_teacher(tmp_path / teacher, tmp_path / "model", config, task="image-classification")
+
+    require("same")
+    with pytest.raises(UserError, match=r"has depths \[2, 3\], the model \[2, 2\]"):
+        require("deeper")
+    with pytest.raises(UserError, match=r"has hidden_sizes \[4, 9\], the model \[4, 8\]"):
+        require("wider")
 
 
 def test_more_words_than_there_are_are_refused(tiny: Path) -> None:

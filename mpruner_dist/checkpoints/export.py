@@ -34,7 +34,7 @@ class Weight:
 
 @dataclass
 class Exported:
-    """What the tensors of an export were: elements and tensors, counted by the writer."""
+    """What the tensors of an export were: elements and tensors, counted by the writer; buffers are not counted."""
 
     trained_tensors: int = 0
     trained_parameters: int = 0
@@ -130,9 +130,10 @@ def _new_value(weight: Weight, info: TensorInfo, path: Path, counts: Exported) -
     value = value.to(stored.dtype)
     if not torch.isfinite(value).all():
         raise Fruitless(f"{name} is not finite after retraining: lower retrain.learning_rate; nothing was exported")
-    counts.trained_tensors += 1
-    counts.trained_parameters += info.num_elements
-    counts.changed_tensors += not torch.equal(_raw_bytes(value), _raw_bytes(stored))
+    if isinstance(weight.parameter, torch.nn.Parameter):  # what forward passes gather changes without any training
+        counts.trained_tensors += 1
+        counts.trained_parameters += info.num_elements
+        counts.changed_tensors += not torch.equal(_raw_bytes(value), _raw_bytes(stored))
     return value
 
 

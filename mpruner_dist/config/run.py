@@ -26,7 +26,11 @@ class EvaluateConfig(Section):
 
 
 class ClusterConfig(Section):
-    """Where and how wide the work runs. Nothing here changes a result."""
+    """Where and how wide the work runs.
+
+    Nothing here changes a result, but for rounding, and but for a model with batch normalisation: how many workers
+    share a step then changes how often its running means move.
+    """
 
     workers: Positive = 1
     device: Device = "auto"

@@ -54,12 +54,12 @@ def make_blocks(
         made = islice(_packed(lists, block_size), limit)
     else:
         made = islice((tokens[:block_size] for tokens in lists if len(tokens) >= 2), limit)
-    return Blocks(*padded(list(made), block_size, tokenizer))
-
-
-def padded(rows: list[list[int]], width: int, tokenizer: Any) -> tuple[Ints, Ints]:
-    """Token ids [rows, width], padded on the right, and the length of each row."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    return Blocks(*padded(list(made), block_size, pad))
+
+
+def padded(rows: list[list[int]], width: int, pad: int) -> tuple[Ints, Ints]:
+    """Token ids [rows, width], padded on the right, and the length of each row."""
     ids = np.full((len(rows), width), pad, np.int32)
     for row, tokens in zip(ids, rows, strict=True):
         row[: len(tokens)] = tokens

@@ -85,10 +85,11 @@ def pixel_format(model_folder: Path) -> PixelFormat:
     config = json.loads((model_folder / "config.json").read_text())
     file = model_folder / "preprocessor_config.json"
     processor = json.loads(file.read_text()) if file.is_file() else {}
-    channels, size = int(config.get("num_channels", 3)), config.get("image_size")
-    if size is None:  # convolutions take any size: that of their training
-        asked = processor.get("crop_size") or processor.get("size") or {}
-        size = (asked["height"], asked["width"]) if "height" in asked else asked.get("shortest_edge")
+    channels = int(config.get("num_channels", 3))
+    asked = processor.get("crop_size") or processor.get("size")  # of a model that takes any, the size of its training
+    if isinstance(asked, dict):
+        asked = [asked["height"], asked["width"]] if "height" in asked else asked.get("shortest_edge")
+    size = asked or config.get("image_size")
     mean, std = (processor.get(name) or [0.5] * channels for name in ("image_mean", "image_std"))
     if len(mean) != channels or len(std) != channels:
         raise UserError(
@@ -100,28 +101,27 @@ def pixel_format(model_folder: Path) -> PixelFormat:
     )  # fmt: skip
 
 
-def make_images(
-    records: Iterable[tuple[Bytes, int]], form: PixelFormat, source: str, limit: int | None
-) -> LabelledImages:
-    """At most `limit` images in the model's format.
+def make_images(records: Iterable[tuple[Bytes, int]], form: PixelFormat, source: str, number: int) -> LabelledImages:
+    """At most `number` images in the model's format; there is memory for so many, once.
 
     Raises:
         UserError: images of several sizes for a model that takes any.
     """
-    pixels: list[Bytes] = []
+    pixels = np.zeros((0, form.channels, 1, 1), np.uint8)
     labels: list[int] = []
-    for number, (image, label) in enumerate(islice(records, limit)):
-        pixels.append(form.fit(image, f"image {number} of {source}"))
+    for row, (image, label) in enumerate(islice(records, number)):
+        fitted = form.fit(image, f"image {row} of {source}")
+        if row == 0:
+            pixels = np.empty((number, *fitted.shape), np.uint8)
+        if fitted.shape != pixels.shape[1:]:
+            raise UserError(
+                f"{source} has images of several sizes, such as {pixels.shape[1:]} and {fitted.shape}, and the model's "
+                "folder names none: give it a preprocessor_config.json with size"
+            )
+        pixels[row] = fitted
         labels.append(label)
-    shapes = {image.shape for image in pixels}
-    if len(shapes) > 1:
-        raise UserError(
-            f"{source} has images of several sizes, such as {', '.join(map(str, sorted(shapes)[:3]))}, and the model's "
-            "folder names none: give it a preprocessor_config.json with size"
-        )
-    shape = (0, form.channels, 1, 1)
     return LabelledImages(
-        np.stack(pixels) if pixels else np.zeros(shape, np.uint8),
+        pixels[: len(labels)],
         np.array(labels, np.int32),
         np.array(form.mean, np.float32),
         np.array(form.std, np.float32),

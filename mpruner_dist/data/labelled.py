@@ -66,7 +66,9 @@ def label_number(label: Any, labels: list[str], where: str) -> int:
     )
 
 
-def make_labelled(records: Iterable[tuple[str, int]], tokenizer: Any, longest: int, limit: int | None) -> LabelledTexts:
+def make_labelled(
+    records: Iterable[tuple[str, int]], tokenizer: Any, longest: int, limit: int | None, pad: int
+) -> LabelledTexts:
     """Tokenise at most `limit` texts, with the special tokens of the model; what is longer than `longest` is cut."""
     chosen = islice(records, limit)
     rows: list[list[int]] = []
@@ -75,5 +77,5 @@ def make_labelled(records: Iterable[tuple[str, int]], tokenizer: Any, longest: i
         encoded = tokenizer([text for text, _ in some], truncation=True, max_length=longest, verbose=False)
         rows += encoded["input_ids"]
         labels += [label for _, label in some]
-    ids, lengths = padded(rows, max(map(len, rows), default=1), tokenizer)
+    ids, lengths = padded(rows, max(map(len, rows), default=1), pad)
     return LabelledTexts(ids, lengths, np.array(labels, np.int32))

@@ -1,5 +1,6 @@
 """The parts of a run's data as files: calibration, train, validation, test."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -38,17 +39,30 @@ def save_part(path: Path, part: Part) -> None:
 
 
 def load_part(path: Path) -> Any:
-    """Read a part that `save_part` wrote.
+    """Read a part that `save_part` wrote; pixels stay in the file until rows of them are asked for.
 
     Raises:
         UserError: the file is missing or damaged.
     """
     try:
         with safe_open(path, "numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if "pixels" in tensors:
-            return LabelledImages(**tensors)
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name != "pixels"}  # noqa: SIM118
+            has_pixels = "pixels" in file.keys()  # noqa: SIM118
+        if has_pixels:
+            return LabelledImages(_mapped(path, "pixels"), **tensors)
         kind = LabelledTexts if "labels" in tensors else Blocks
         return kind(tensors.pop("input_ids"), **tensors)
     except Exception as error:
         raise UserError(f"cannot read {path}, which the stage data made: {error}") from error
+
+
+def _mapped(path: Path, name: str) -> npt.NDArray[np.uint8]:
+    """A tensor of bytes in a safetensors file: 8 bytes that give the length of a header of JSON, the header, the data.
+
+    All workers of a node share its pages.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        info = json.loads(file.read(length))[name]
+    offset = 8 + length + info["data_offsets"][0]
+    return np.memmap(path, np.uint8, "c", offset, tuple(info["shape"]))

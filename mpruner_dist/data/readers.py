@@ -65,14 +65,14 @@ class LabelledReader:
 
     unit = "labelled texts"
 
-    def __init__(self, config: DataConfig, tokenizer: Any, labels: list[str]) -> None:
-        self.config, self.tokenizer, self.labels = config, tokenizer, labels
+    def __init__(self, config: DataConfig, tokenizer: Any, labels: list[str], pad: int) -> None:
+        self.config, self.tokenizer, self.labels, self.pad = config, tokenizer, labels, pad
 
     def read(self, source: SourceConfig, limit: int | None, watch: Watch) -> LabelledTexts:
         """A row a record."""
         records, number = open_labelled(source, self.labels)
         watched = watch(records, number, lambda record: record[0])
-        return make_labelled(watched, self.tokenizer, self.config.block_size, limit)
+        return make_labelled(watched, self.tokenizer, self.config.block_size, limit, self.pad)
 
     def facts(self, part: LabelledTexts) -> dict[str, Any]:
         """The number of tokens, and of the texts of each class."""
@@ -91,7 +91,7 @@ class ImageReader:
         """An image a record, in the model's size."""
         records, number = open_images(source, self.labels)
         watched = watch(records, number, lambda record: hashlib.sha256(record[0].tobytes()).hexdigest())
-        return make_images(watched, self.form, source.path, limit)
+        return make_images(watched, self.form, source.path, number if limit is None else min(limit, number))
 
     def facts(self, part: LabelledImages) -> dict[str, Any]:
         """The number of images of each class."""
@@ -115,7 +115,31 @@ def make_reader(config: Config, model_folder: Path) -> Reader:
     tokenizer = load_tokenizer(model_folder, config.model.trust_remote_code)
     if config.model.task == "causal-lm":
         return BlockReader(config.data, tokenizer)
-    return LabelledReader(config.data, tokenizer, label_names(model_folder))
+    pad = padding_token(model_folder, config.model.trust_remote_code)
+    return LabelledReader(config.data, tokenizer, label_names(model_folder), pad)
+
+
+def padding_token(folder: Path, trust_remote_code: bool) -> int:
+    """The token that a classifier of texts takes for padding: its own, whatever the tokenizer's.
+
+    A decoder says the class at the last token that is another one, so it must know it; an encoder goes by the mask.
+
+    Raises:
+        UserError: a decoder's configuration names none, or transformers cannot read it.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"transformers cannot read {folder}/config.json: {error}") from error
+    pad = config.get_text_config().pad_token_id
+    if pad is not None and pad >= 0:
+        return int(pad)
+    if type(config) in transformers.AutoModelForMaskedLM._model_mapping:
+        return 0
+    raise UserError(
+        f"{folder}/config.json has the pad_token_id {pad}, and a decoder finds the end of a text by it: set "
+        "pad_token_id to the token that it was trained to be padded with"
+    )
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:

@@ -94,7 +94,7 @@ def _open(source: SourceConfig, *keys: str) -> tuple[Any, range, str | None]:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     logging.getLogger("datasets").setLevel(logging.ERROR)
-    table, separator = _load(source)
+    table, separator = _load(source, images="image_field" in keys)
     for key in keys:
         if (field := getattr(source, key)) not in table.column_names:
             raise UserError(
@@ -107,7 +107,7 @@ def _is_text(text: Any) -> bool:
     return isinstance(text, str) and bool(text.strip())
 
 
-def _load(source: SourceConfig) -> tuple[Any, str | None]:
+def _load(source: SourceConfig, images: bool) -> tuple[Any, str | None]:
     path = Path(source.path).expanduser()
     try:
         if not path.exists():
@@ -117,7 +117,7 @@ def _load(source: SourceConfig) -> tuple[Any, str | None]:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             saved = datasets.load_from_disk(str(path))
             return (saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved), None
-        if path.is_dir() and any(file.suffix.lower() in IMAGES for file in path.rglob("*")):
+        if images and path.is_dir() and any(file.suffix.lower() in IMAGES for file in path.rglob("*")):
             return datasets.load_dataset("imagefolder", data_dir=str(path), split=source.split), None
         files, kind = _files(path)
         options = {"sample_by": "paragraph"} if kind == "text" else {}

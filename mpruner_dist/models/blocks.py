@@ -25,6 +25,11 @@ def num_layers(config: Any) -> int:
     return number
 
 
+def normalisations(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Batch normalisations: while they train, they gather running means and variances of what they see."""
+    return [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+
+
 def hidden_states_of(output: Any) -> torch.Tensor:
     """The hidden states [batch, tokens, width] in a block's output: some families return them in a tuple."""
     hidden: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]

@@ -1,6 +1,6 @@
 """Groups of consecutive layers that compute nearly the same thing. L layers; cka_LL is a matrix [L, L]."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 import numpy as np
@@ -8,6 +8,8 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 Clusters = list[list[int]]
+APART = -1.0
+"""Stands for the similarity of layers of different stages, which is no threshold."""
 
 
 def stage_starts(stages: Sequence[int]) -> set[int]:
@@ -15,10 +17,10 @@ def stage_starts(stages: Sequence[int]) -> set[int]:
     return {sum(stages[:stage]) for stage in range(len(stages))}
 
 
-def apart(cka_LL: Floats, starts: set[int]) -> Floats:
+def apart(cka_LL: Floats, starts: Collection[int]) -> Floats:
     """The same matrix with layers of different stages as unlike as can be, so that none stands for another."""
     stage_L = np.cumsum([layer in starts for layer in range(len(cka_LL))])
-    return np.where(stage_L[:, None] == stage_L, cka_LL, -1.0)
+    return np.where(stage_L[:, None] == stage_L, cka_LL, APART)
 
 
 def anchor_clusters(cka_LL: Floats, threshold: float) -> Clusters:
@@ -93,8 +95,9 @@ def clusters_for(
     Raises:
         ValueError: no threshold lets so many layers go.
     """
+    levels = np.unique(cka_LL[np.triu_indices(len(cka_LL), 1)])
     # no two layers are closer than the first threshold: there every layer is a cluster of its own
-    for threshold in [np.inf, *np.unique(cka_LL[np.triu_indices(len(cka_LL), 1)])[::-1]]:
+    for threshold in [np.inf, *levels[levels > APART][::-1]]:
         clusters = [representative_first(cluster, cka_LL, keep) for cluster in grow(cka_LL, threshold)]
         likeness = {
             layer: cka_LL[cluster[0], layer] for cluster in clusters for layer in cluster[1:] if layer not in protected
@@ -105,14 +108,19 @@ def clusters_for(
 
 
 def open_decisions(
-    cka_LL: Floats, stderr_LL: Floats, threshold: float, standard_errors: float
+    cka_LL: Floats, stderr_LL: Floats, threshold: float, standard_errors: float, starts: Collection[int] = ()
 ) -> list[tuple[int, int]]:
-    """Comparisons (anchor, layer) of the anchor clusters that lie within so many standard errors of the threshold."""
+    """Comparisons (anchor, layer) of the anchor clusters that lie within so many standard errors of the threshold.
+
+    `starts`: the first layer of each stage, if there are any, which begins a cluster whatever it is like.
+    """
+    cka_LL = apart(cka_LL, starts)
     clusters = anchor_clusters(cka_LL, threshold)
     pairs = [
         (cluster[0], layer)
         for cluster, after in zip(clusters, [*clusters[1:], []], strict=True)
         for layer in [*cluster[1:], *after[:1]]  # the layer that begins the next cluster was compared as well
+        if layer not in starts
     ]
     return [pair for pair in pairs if not abs(cka_LL[pair] - threshold) > standard_errors * stderr_LL[pair]]
 

@@ -1,6 +1,7 @@
 """Sharded checkpoints of a training engine: complete and unharmed, or not used.
 
-step-NNNNNN/            what DeepSpeed wrote, and mpruner.json: who saved it, and every file with size and digest
+step-NNNNNN/            what DeepSpeed wrote, the running means of batch normalisations, which a universal checkpoint
+                        lacks, and mpruner.json: who saved it, and every file with size and digest
 step-NNNNNN.torn/       one whose files are not as they were saved; goes once a newer one is complete
 universal-step-NNNNNN/  the same step for another number of workers or ZeRO stage (`resume.py`)
 saving/, converting/    being written; removed by whoever comes next
@@ -15,14 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 
 from mpruner_dist.cluster.settings import Settings, zero_stage
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.errors import UserError
-from mpruner_dist.runs.commit import commit_folder, disk_errors, write_json
+from mpruner_dist.retraining.preparation import running_means
+from mpruner_dist.runs.commit import commit_folder, disk_errors, write_bytes, write_json
 from mpruner_dist.runs.digest import digest, spot_digest
 
 FACTS = "mpruner.json"
+MEANS = "running_means.safetensors"
 Facts = dict[str, Any]
 
 
@@ -46,6 +50,9 @@ def save_checkpoint(worker: Worker, engine: Any, folder: Path, step: int, keep: 
         engine.save_checkpoint(str(saving), tag=_tag(step), save_latest=False, exclude_frozen_parameters=False)
     worker.barrier()
     if worker.is_first:
+        if means := running_means(engine.module):
+            content = {name: buffer.cpu().contiguous() for name, buffer in means.items()}
+            write_bytes(saving / _tag(step) / MEANS, save(content))
         facts = {
             "step": step,
             "run": folder.name,
@@ -169,6 +176,10 @@ def load_checkpoint(worker: Worker, engine: Any, folder: Path, found: Found | No
     engine.load_checkpoint(str(folder), tag=found.tag)
     if found.universal:
         _mend_optimizer(engine, own)
+    if means := running_means(engine.module):
+        saved = load((folder / _tag(found.step) / MEANS).read_bytes())
+        for name, buffer in means.items():
+            buffer.copy_(saved[name])
     worker.log(f"resumes from {folder / found.tag}")
     return found.step
 

@@ -48,10 +48,11 @@ def require_fitting_teacher(
         vocabularies = [load_tokenizer(folder, trust_remote_code).get_vocab() for folder in (teacher, model)]
         _require_same_ids(where, *vocabularies)
     if config.hidden_weight:
-        for name in ("hidden_size", "num_hidden_layers"):
-            if getattr(theirs, name) != getattr(mine, name):
+        for name in ("hidden_size", "num_hidden_layers", "hidden_sizes", "depths"):  # the latter of models of stages
+            there, here = (getattr(config, name, None) for config in (theirs, mine))
+            if there != here:
                 raise UserError(
-                    f"{where} has {name} {getattr(theirs, name)}, the model {getattr(mine, name)}: hidden states can "
+                    f"{where} has {name} {there}, the model {here}: hidden states can "
                     "be compared layer by layer only where both are equal; set retrain.distillation.hidden_weight 0"
                 )
 

@@ -9,9 +9,11 @@ from mpruner_dist.checkpoints.folder import CheckpointFolder
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import RetrainConfig
 from mpruner_dist.errors import UserError
+from mpruner_dist.models.blocks import normalisations
 from mpruner_dist.models.naming import model_names
 from mpruner_dist.models.stacks import run_blocks
 from mpruner_dist.retraining.adapters import attach_adapters
+from mpruner_dist.retraining.targets import require_no_running_means
 
 
 def prepare_model(
@@ -40,11 +42,8 @@ def prepare_model(
         blocks = run_blocks(model)
         for layer in layers:
             blocks[layer].requires_grad_(True)
-    if (layers is not None or config.lora is not None) and normalisations(model):
-        raise UserError(
-            f"{type(model).__name__} has batch normalisation, which changes in every forward pass: set "
-            "retrain.trainable all, and leave retrain.lora out"
-        )
+    if layers is not None or config.lora is not None:
+        require_no_running_means(model)
     weights = {name: Weight(parameter) for name, parameter in parameters.items()}
     if config.lora is not None:
         adapters = attach_adapters(model, config.lora, layers, config.seed)
@@ -55,7 +54,7 @@ def prepare_model(
         # the other kind would need inputs with gradients, which frozen embeddings do not give
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    moving = {id(buffer) for module in normalisations(model) for buffer in module.buffers()}
+    moving = {id(buffer) for buffer in running_means(model).values()}
     return {
         name: weight
         if weight.parameter.requires_grad or id(weight.parameter) in moving
@@ -64,17 +63,17 @@ def prepare_model(
     }
 
 
-def normalisations(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Batch normalisations: while they train, they gather running means and variances of what they see."""
-    return [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+def running_means(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """By name, the buffers of all batch normalisations: means, variances, and how many batches they have seen."""
+    moving = {id(buffer) for module in normalisations(model) for buffer in module.buffers()}
+    return {name: buffer for name, buffer in model.named_buffers() if id(buffer) in moving}
 
 
 def share_normalisations(worker: Worker, model: torch.nn.Module) -> None:
     """Make the running means and variances of all workers their mean, so that each has the same."""
-    for module in normalisations(model):
-        for buffer in module.buffers():
-            if buffer.is_floating_point():
-                worker.sum_over_workers(buffer).div_(worker.world_size)
+    for buffer in running_means(model).values():
+        if buffer.is_floating_point():
+            worker.sum_over_workers(buffer).div_(worker.world_size)
 
 
 def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -1,28 +1,45 @@
-"""Which projections get adapters, by the names that `retrain.lora.targets` gives."""
+"""What of a model can be trained alone: which projections get adapters, by the names in `retrain.lora.targets`."""
 
 import difflib
 from typing import Any
 
 from mpruner_dist.config import LoraConfig, RetrainConfig
 from mpruner_dist.errors import UserError
-from mpruner_dist.models.blocks import projections
+from mpruner_dist.models.blocks import normalisations, projections
 from mpruner_dist.models.loading import empty_model
 from mpruner_dist.models.stacks import run_stacks
 
 
 def require_targets(config: RetrainConfig | None, model_config: Any, trust_remote_code: bool = False) -> None:
-    """Refuse, before anything is done, targets that the unpruned model's layers do not have.
+    """Refuse, before anything is done, what the unpruned model cannot: targets that its layers do not have, and parts.
 
     Args:
-        config: the section `retrain`; without adapters in it, nothing is looked at.
+        config: the section `retrain`; where all of the model is trained, nothing is looked at.
         model_config: of the unpruned model.
         trust_remote_code: run code that lies in its folder.
 
     Raises:
-        UserError: with the nearest names and all others.
+        UserError: with the nearest names and all others; or the model has batch normalisation.
     """
-    if config is not None and config.lora is not None and config.lora.targets != "all-linear":
-        target_names(empty_model(model_config, trust_remote_code), config.lora, None)
+    if config is None or (config.lora is None and config.trainable == "all"):
+        return
+    model = empty_model(model_config, trust_remote_code)
+    require_no_running_means(model)
+    if config.lora is not None and config.lora.targets != "all-linear":
+        target_names(model, config.lora, None)
+
+
+def require_no_running_means(model: Any) -> None:
+    """Refuse to train a part of a model whose other parts do not hold still.
+
+    Raises:
+        UserError: it has batch normalisation.
+    """
+    if normalisations(model):
+        raise UserError(
+            f"{type(model).__name__} has batch normalisation, which changes in every forward pass: set "
+            "retrain.trainable all, and leave retrain.lora out"
+        )
 
 
 def target_names(model: Any, config: LoraConfig, layers: list[int] | None) -> list[str]:

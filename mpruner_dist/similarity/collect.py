@@ -1,6 +1,7 @@
 """The stage `collect`: the terms of every calibration batch, on all workers."""
 
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mpruner_dist.errors import StageFailure
 from mpruner_dist.models.blocks import activations_per_token
 from mpruner_dist.models.engines import forward_settings, inference_engine
 from mpruner_dist.models.stacks import run_blocks
-from mpruner_dist.similarity.samples import draw_samples
+from mpruner_dist.similarity.samples import Samples, draw_samples
 from mpruner_dist.similarity.sums import BatchSums, Terms
 from mpruner_dist.similarity.tap import BatchStatistics, LayerTap
 from mpruner_dist.tasks import task_of
@@ -119,19 +120,15 @@ class Collection:
 
     def _forward(self, batches: list[int]) -> BatchSums:
         """One forward pass over the sequences of these batches, one batch after another."""
-        collect = self.config.collect
         self.worker.doing(f"batch {', '.join(map(str, batches))}")
-        statistics: list[BatchStatistics] = []
-        rows: list[int] = []
-        for batch in batches:
-            of_batch = batch_rows(batch, collect.batch_size, len(self.part))
-            mask = torch.from_numpy(self.part.rows(of_batch).mask())
-            samples = draw_samples(mask, collect, batch).to(self.worker.device)
-            statistics.append(BatchStatistics(batch, samples, collect, self.tap.layers))
-            rows += of_batch
+        group, samples = grouped(self.part, batches, self.config.collect)
+        statistics = [
+            BatchStatistics(batch, drawn.to(self.worker.device), self.config.collect, self.tap.layers)
+            for batch, drawn in zip(batches, samples, strict=True)
+        ]
         self.tap.begin(statistics)
         with torch.no_grad():
-            self.engine(**self.task.batch(self.part.rows(rows), self.worker.device).inputs)
+            self.engine(**self.task.batch(group, self.worker.device).inputs)
         sums = BatchSums()
         for measured in statistics:
             sums.update(measured.batch, {name: value.numpy() for name, value in measured.terms().items()})
@@ -161,6 +158,18 @@ class Collection:
             self.fresh.save(self.folder)
             self.mine.merge(self.fresh)
             self.fresh = BatchSums()
+
+
+def grouped(part: Part, batches: list[int], config: CollectConfig) -> tuple[Part, list[Samples]]:
+    """The rows of these batches, one batch after another, and the samples of each.
+
+    Texts are padded to the longest of all rows, and positions count in that width; which tokens are drawn does not
+    depend on it.
+    """
+    of_batches = [batch_rows(batch, config.batch_size, len(part)) for batch in batches]
+    group = part.rows(chain.from_iterable(of_batches))
+    masks = torch.split(torch.from_numpy(group.mask()), [len(rows) for rows in of_batches])
+    return group, [draw_samples(mask, config, batch) for mask, batch in zip(masks, batches, strict=True)]
 
 
 def _check_sums(reduced: Any, total: Terms) -> None:

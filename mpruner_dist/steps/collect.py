@@ -2,8 +2,10 @@
 
 import logging
 from functools import partial
+from typing import Any
 
-from mpruner_dist.planning.clusters import open_decisions
+from mpruner_dist.config import Config
+from mpruner_dist.planning.clusters import open_decisions, stage_starts
 from mpruner_dist.road import Road, Step
 from mpruner_dist.runs.folder import Inputs
 
@@ -18,10 +20,8 @@ def collect(road: Road) -> Step:
         "calibration": road.text("calibration"),
         "collect": road.config.collect.model_dump(exclude={"save_every"}),
     }
-    decisions = None
     if road.config.collect.until == "settled":
-        plan, z = road.config.plan, road.config.collect.settled_z
-        decisions = partial(open_decisions, threshold=plan.threshold, standard_errors=z)
+        plan = road.config.plan
         inputs["settled"] = {"measure": plan.measure, "threshold": plan.threshold}
 
     def make() -> None:
@@ -35,19 +35,27 @@ def collect(road: Road) -> Step:
         model_config = read_config(road.source, remote_code)
         require_targets(road.config.retrain, model_config, remote_code)  # now, not hours later
         names = layer_names(road.checkpoint.tensors, model_config, remote_code)
+        layers = [layer for of_stack in names.values() for layer in of_stack]
+        stacks = {stack: len(of_stack) for stack, of_stack in names.items()} if len(names) > 1 else None
+        decisions = _decisions(road.config, stacks) if "settled" in inputs else None
         sums = road.work("stats", inputs)
         measure = road.config.plan.measure
         road.on_workers(
             "collect", collect_job, blocks=road.blocks("calibration"), sums=sums, model=road.source,
             is_settled=partial(is_settled, stream=measure, decisions=decisions) if decisions else None,
         )  # fmt: skip
-        layers = [layer for of_stack in names.values() for layer in of_stack]
-        stacks = {stack: len(of_stack) for stack, of_stack in names.items()} if len(names) > 1 else None
         target = road.folder / "cka.json"
         content = write_cka(sums, layers, target, road.config.collect, measure, decisions, stacks)
         _tell(content)
 
     return inputs, ("cka.json",), make
+
+
+def _decisions(config: Config, stacks: dict[str, int] | None) -> Any:
+    """What must be settled: the comparisons that a plan by the threshold rests on, stage by stage as it makes them."""
+    starts = stage_starts(list((stacks or {}).values()))
+    z = config.collect.settled_z
+    return partial(open_decisions, threshold=config.plan.threshold, standard_errors=z, starts=starts)
 
 
 def _tell(similarity: Inputs) -> None:

@@ -18,6 +18,7 @@ def data(road: Road) -> Step:
     inputs = {
         "task": road.config.model.task,
         "labels": road.checkpoint.config.get("id2label"),
+        "padding": road.checkpoint.config.get("pad_token_id"),
         "tokenizer": tokenizer,
         "data": road.config.data.model_dump(mode="json"),
         "blocks": blocks_needed(road.config),

@@ -19,7 +19,10 @@ SHAPE = {
     "save_every", "keep_checkpoints", "zero_stage", "micro_batch_size", "activation_checkpointing", "deepspeed",
     "log_to",
 }  # fmt: skip
-"""Of the section `retrain`, what says how the work is cut up, saved and told, not what comes out of it."""
+"""Of the section `retrain`, what says how the work is cut up, saved and told, not what comes out of it.
+
+But of a model with batch normalisation a micro-batch is what is normalised together: its size then counts.
+"""
 DEEPSPEED_SHAPE = {
     # sizes: that of the global batch is in the section `retrain`, and must agree
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
@@ -52,6 +55,9 @@ def retrain(road: Road) -> Step:
         "retrain": section.model_dump(exclude=SHAPE),
         "deepspeed": _result_of(given),
     }
+
+    if any(name.endswith(".running_mean") for name in road.checkpoint.tensors):
+        inputs["micro_batch_size"] = section.micro_batch_size
 
     def make() -> None:
         from mpruner_dist.retraining.job import retrain_job, write_summary
