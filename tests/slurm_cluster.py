@@ -148,6 +148,12 @@ class SlurmCluster:
             "--fork", "--kill-child=KILL", "--mount-proc", "bash", "-c", ENTER.format(root=self.root) + NODE, name,
         )  # fmt: skip
 
+    def reboot(self, name: str) -> None:
+        """Switch a node off, so that all its processes die at once, and on again."""
+        self.processes[name].kill()
+        self.processes[name].wait()
+        self.boot(name)
+
     def link(self, name: str, state: str) -> None:
         """Take the network of a node `down` or `up`."""
         self._ip("-n", f"{self.label}-{name}", "link", "set", "eth0", state)
