@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ needs_unshare = pytest.mark.skipif(not can_unshare(), reason="no mount namespace
 def join(address: str, mounts: str, *arguments: Path) -> "subprocess.Popen[bytes]":
     """A second node, with a name and mounts of its own: the shell command `mounts` has the paths as $1, $2, ..."""
     node = (
-        f"{sys.executable} -m ray.scripts.scripts start --address={address} --num-cpus=2 --block "
+        f"{shlex.quote(sys.executable)} -m ray.scripts.scripts start --address={address} --num-cpus=2 --block "
         "--object-store-memory=100000000"
     )
     return subprocess.Popen(
