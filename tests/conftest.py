@@ -22,6 +22,8 @@ from mpruner_dist import cli
 from mpruner_dist.cluster.engine import start_deepspeed
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# in the background of a shell it is ignored, and in all that is started from there too
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).parent.parent
 SMOL = ROOT / "build" / "demo" / "SmolLM2-135M-Instruct"
 WORDS = [f"w{number}" for number in range(120)]

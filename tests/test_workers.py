@@ -197,10 +197,8 @@ def test_handlers_are_given_back() -> None:
     with pytest.raises(Preempted, match=r"^stopped by SIGTERM; what was saved is kept"), stop_on_signals():
         signal.raise_signal(signal.SIGTERM)  # no workers: at once
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)] == before
-    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # as where the tests run in the background
     with pytest.raises(KeyboardInterrupt), stop_on_signals():
         signal.raise_signal(signal.SIGINT)
-    signal.signal(signal.SIGINT, ignored)
 
 
 def sleep_and_count(path: str) -> None:
