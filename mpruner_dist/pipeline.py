@@ -42,8 +42,6 @@ def run(
         UserError: the input is wrong, or the folder was made by another configuration.
         StageFailure: a stage could not finish.
     """
-    if last not in (stages := stages_of(config)) and config.rounds is None:
-        raise UserError(f"there is no stage {last!r} to stop after; this run has {', '.join(stages)}")
     if collected is not None and config.rounds is not None:
         raise UserError("rounds measure similarities of their own: leave out --collected")
     if config.rounds is not None and last in OF_A_ROUND:
@@ -51,6 +49,8 @@ def run(
             f"with rounds, the stage {last} belongs to a round: give `mpruner run`, or --set rounds=null to walk the "
             "road once, in a run folder of its own"
         )
+    if last not in (stages := stages_of(config)):
+        raise UserError(f"there is no stage {last!r} to stop after; this run has {', '.join(stages)}")
     with open_run(run_dir, config.to_yaml()) as folder:
         require_same_road(config, folder)
         with Road(config, folder) as road:

@@ -66,6 +66,20 @@ def test_idx_files_are_read_by_split_and_share(idx: Path) -> None:
         list(open_images(SourceConfig(path=str(idx)), CLASSES[:1])[0])
 
 
+def settings_of_images(folder: Path, idx: Path) -> dict[str, Any]:
+    """A configuration that prunes and retrains `model` of a folder on these images."""
+    asked = settings_for(folder)
+    asked["model"]["task"] = "image-classification"
+    asked["data"] = {
+        "calibration": {"path": str(idx), "take": [0, 0.3]},
+        "train": {"path": str(idx), "take": [0.3, 0.8]},
+        "validation": {"path": str(idx), "take": [0.8, 1]},
+        "test": {"path": str(idx), "split": "test"},
+    }
+    asked["collect"] |= {"unit": "image", "batch_size": 10, "num_batches": 6}
+    return asked
+
+
 @pytest.mark.parametrize(
     "spoil", [lambda c: c[:-1], lambda c: c[:3], lambda c: b"\1" + c[1:], lambda c: b"", lambda c: c + b"x"]
 )
@@ -194,15 +208,7 @@ def test_a_vision_model_is_pruned_retrained_and_measured(idx: Path, tmp_path: Pa
             if ".3." in name and ("o_proj" in name or "fc2" in name or "output.dense" in name):
                 parameter.mul_(1e-3)
     model.eval().save_pretrained(tmp_path / "model")
-    asked = settings_for(tmp_path)
-    asked["model"]["task"] = "image-classification"
-    asked["data"] = {
-        "calibration": {"path": str(idx), "take": [0, 0.3]},
-        "train": {"path": str(idx), "take": [0.3, 0.8]},
-        "validation": {"path": str(idx), "take": [0.8, 1]},
-        "test": {"path": str(idx), "split": "test"},
-    }
-    asked["collect"] |= {"unit": "image", "batch_size": 10, "num_batches": 6}
+    asked = settings_of_images(tmp_path, idx)
     asked["plan"]["keep_layers"] = 5
     asked["retrain"] |= {"steps": 8, "batch_size": 8}
     asked["retrain"]["distillation"] = {"weight": 0.3, "hidden_weight": 0.2}
@@ -255,15 +261,7 @@ def make_resnet(folder: Path, idle: list[tuple[int, int]]) -> None:
 def test_the_stages_of_a_cnn_are_pruned_apart(idx: Path, tmp_path: Path, mpruner: Run) -> None:
     """Layers count from the first stage to the last; the first of a stage stays, and so does each stage's own plan."""
     make_resnet(tmp_path / "model", [(0, 1), (1, 2), (2, 1)])
-    asked = settings_for(tmp_path)
-    asked["model"]["task"] = "image-classification"
-    asked["data"] = {
-        "calibration": {"path": str(idx), "take": [0, 0.3]},
-        "train": {"path": str(idx), "take": [0.3, 0.8]},
-        "validation": {"path": str(idx), "take": [0.8, 1]},
-        "test": {"path": str(idx), "split": "test"},
-    }
-    asked["collect"] |= {"unit": "image", "batch_size": 10, "num_batches": 6}
+    asked = settings_of_images(tmp_path, idx)
     asked["plan"] = {"method": "anchor", "threshold": 0.9999, "protect_last": 0}
     asked["retrain"] |= {"steps": 30, "batch_size": 16, "micro_batch_size": 8, "learning_rate": 3e-3, "save_every": 30}
     asked["evaluate"] = {"batch_size": 20}
