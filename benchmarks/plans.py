@@ -4,7 +4,7 @@
 
 after launch/demo.sh. FOLDER is a run folder with all losses that were measured: the same command goes on from them.
 Search is given a third of the forward passes that greedy takes to the same depth. `--retrain` then gives the plans of
-some planners at the depth `--retrain-depth` the same training, and prints the perplexity before and after.
+some planners the same training, at every depth or at `--retrain-depths`, and prints the perplexity before and after.
 """
 
 import argparse
@@ -21,14 +21,15 @@ from mpruner_dist.plan import Plan, parse_layers
 from mpruner_dist.planning.greedy import greedy_passes
 from mpruner_dist.runs.commit import write_json
 
-JUDGED, HELD_OUT = 12, 24  # blocks of the validation part
+JUDGED, HELD_OUT = 32, 48  # blocks of the validation part
 SETTINGS = (
     "model.dtype=bfloat16", "data.train.take=[0.25, 0.7]", "data.validation.take=[0.7, 0.88]",
     f"evaluate.max_blocks={JUDGED + HELD_OUT}", f"plan.judge_blocks={JUDGED}",
     f"evaluate.batch_size={JUDGED // 4}",
 )  # fmt: skip
 """Settings over those of the file: plans are judged on four batches."""
-RETRAINED = ("search", "greedy", "influence", "partition", "anchor, keeps first", "random")
+RETRAINED = ("search", "greedy", "influence", "angular", "partition", "chain, keeps first")
+"""The planners whose plans are not hopeless before training, by the table of perplexities."""
 
 
 def configuration(file: Path, *overrides: str) -> Config:
@@ -116,15 +117,15 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--depths", default="2,4,6,8,10")
     parser.add_argument("--retrain", type=int, metavar="STEPS")
-    parser.add_argument("--retrain-depth", type=int, default=8)
+    parser.add_argument("--retrain-depths", metavar="DEPTHS", help="those of --depths, if not given")
     arguments = parser.parse_args()
     set_up_logging()
     depths = parse_layers(arguments.depths)
     found = compare(arguments.config, arguments.folder, depths)
     print_tables(found)
     if arguments.retrain:
-        content = found[arguments.retrain_depth]
-        retrain(arguments.config, arguments.folder, content, arguments.retrain_depth, arguments.retrain)
+        for depth in parse_layers(arguments.retrain_depths or arguments.depths):
+            retrain(arguments.config, arguments.folder, found[depth], depth, arguments.retrain)
 
 
 if __name__ == "__main__":
