@@ -83,8 +83,12 @@ class Road:
 
     def plan(self) -> Plan:
         """The plan that the stage of this name made."""
-        depth = len(json.loads((self.folder / "cka.json").read_text())["layers"])
-        return read_plan(self.folder / "plan.json", depth)
+        return read_plan(self.folder / "plan.json", sum(self.stacks()))
+
+    def stacks(self) -> list[int]:
+        """How many of the layers are in each stack, once similarities are collected."""
+        similarity = json.loads((self.folder / "cka.json").read_text())
+        return list((similarity["stacks"] or {"": len(similarity["layers"])}).values())
 
     def kept(self, plan: Plan) -> Keep:
         """What a plan keeps, as rewriting takes it: of a model of several stacks, by their names."""
