@@ -18,6 +18,7 @@ from mpruner_dist.data.parts import Part
 from mpruner_dist.data.prepare import make_part
 from mpruner_dist.data.readers import make_reader
 from mpruner_dist.errors import UserError
+from mpruner_dist.evaluation.generation import require_scorers
 from mpruner_dist.evaluation.tasks import require_harness
 from mpruner_dist.logs import show_progress
 from mpruner_dist.models.loading import quiet_transformers, read_config
@@ -53,6 +54,7 @@ def describe(config: Config) -> Rows:
     depth, sizes = len(layers), layer_parameters(checkpoint, layers)
     depths = [len(of_stack) for of_stack in stacks.values()]
     require_targets(config.retrain, model_config, config.model.trust_remote_code)
+    require_scorers(config)
     reader, reads = make_reader(config, source), FACTS[config.model.task].reads
     with TemporaryDirectory() as folder:
         progress = Path(folder) / "progress.json"
@@ -138,7 +140,8 @@ def _planning(
 
 def _evaluation(config: Config, checkpoint: CheckpointFolder, settings: Settings, model_config: Any, test: Part) -> str:
     # the logits of a class are a few numbers
-    words = config.data.block_size * model_config.vocab_size if config.model.task == "causal-lm" else 0
+    said = (config.data.target_size or config.data.block_size) if FACTS[config.model.task].unit == "token" else 0
+    words = said * model_config.vocab_size if said else 0
     memory = _weights(config, checkpoint, settings) + config.evaluate.batch_size * words * 8
     models, task = 2 if config.retrain is None else 3, task_of(config.model)
     return f"{models} models on {task.size(test):,} {task.facts.unit}s, {_bytes(memory)} a worker"

@@ -42,6 +42,8 @@ OWNERS = {
     "pydantic": {"config", "config_file", "plan"},
     "yaml": {"config", "config_file", "exchange"},
     "lm_eval": {"evaluation"},
+    "rouge_score": {"evaluation"},
+    "sacrebleu": {"evaluation"},
     "typer": {"cli", "commands", "options", "submission"},
     "matplotlib": {"reporting"},
     "jinja2": {"reporting"},

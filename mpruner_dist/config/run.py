@@ -125,9 +125,18 @@ class Config(Section):
         by_harness = self.rounds is not None and self.rounds.metric == "task" and task == "causal-lm"
         if self.rounds is not None and self.rounds.metric not in metrics and not by_harness:
             raise ValueError(f"rounds.metric {self.rounds.metric} is none of model.task {task}: {', '.join(metrics)}")
-        words = self.retrain and self.retrain.distillation and self.retrain.distillation.top_k
-        if words and task != "causal-lm":
+        if self.data.target_size is not None and task != "sequence-to-sequence":
+            raise ValueError(f"data.target_size is of model.task sequence-to-sequence, not {task}: leave it out")
+        distillation = self.retrain and self.retrain.distillation
+        if distillation and distillation.top_k and FACTS[task].unit != "token":
             raise ValueError(f"retrain.distillation.top_k is of words, and model.task {task} has classes: leave it out")
+        if distillation and distillation.cache and task != "causal-lm":
+            raise ValueError(f"retrain.distillation.cache holds blocks of text, and model.task is {task}: leave it out")
+        if distillation and distillation.hidden_weight and task == "sequence-to-sequence":
+            raise ValueError(
+                "retrain.distillation.hidden_weight compares states at the tokens of one text, and an encoder and a "
+                "decoder have two: leave it out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -50,6 +50,17 @@ def open_labelled(source: SourceConfig, labels: list[str]) -> tuple[Iterator[tup
     return ((text, label) for text, label in records if _is_text(text)), len(rows)
 
 
+def open_pairs(source: SourceConfig) -> tuple[Iterator[tuple[str, str]], int]:
+    """The texts that a source takes, each with what should be said of it, and how many they are.
+
+    Raises:
+        UserError: nothing there, an unknown format, no such field.
+    """
+    table, rows, _ = _open(source, "text_field", "target_field")
+    records = ((record[source.text_field], record[source.target_field]) for record in map(table.__getitem__, rows))
+    return ((text, target) for text, target in records if _is_text(text) and _is_text(target)), len(rows)
+
+
 def open_images(source: SourceConfig, labels: list[str]) -> tuple[Iterator[tuple[Bytes, int]], int]:
     """The images that a source takes, [height, width] or [height, width, channels], each with the number of its class.
 

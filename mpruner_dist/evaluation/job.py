@@ -11,6 +11,7 @@ from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config
 from mpruner_dist.data.blocks import num_batches
 from mpruner_dist.data.parts import load_part
+from mpruner_dist.evaluation.generation import generated_quality
 from mpruner_dist.evaluation.tasks import run_task
 from mpruner_dist.models.engines import forward_settings, inference_engine
 from mpruner_dist.models.scoring import score_part
@@ -50,9 +51,11 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
         worker.begin_progress(f"evaluate {label}", "batches", num_batches(len(part), config.evaluate.batch_size))
         score = score_part(worker, engine, task, part, config.evaluate.batch_size, tell)
         of_task: dict[str, Any] = {}
+        if task.facts.of_generated:
+            of_task = generated_quality(worker, engine, part, folder, config)
         if config.rounds is not None and config.rounds.task is not None:
             worker.log(f"task {config.rounds.task.name}")
-            of_task = run_task(
+            of_task |= run_task(
                 engine, folder, config.rounds.task, config.evaluate.batch_size, config.model.trust_remote_code
             )
         if worker.is_first:

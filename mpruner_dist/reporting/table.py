@@ -7,6 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mpruner_dist.config.task import GENERATED
+
+WRITTEN = {"macro_f1": "macro F1", "bleu": "BLEU", "chrf": "chrF", "rouge_l": "ROUGE-L"}
 _RATE = "s_per_second"
 
 
@@ -32,8 +35,10 @@ def change_text(value: float, original: float) -> str:
 
 
 def metric_text(metric: str, value: float) -> str:
-    """A value of one of the tasks' metrics: a perplexity as a number, a share in percent."""
-    return perplexity_text(value) if metric == "perplexity" else f"{100 * value:.1f} %"
+    """A value of one of the tasks' metrics: a perplexity as a number, a share in percent, a BLEU from 0 to 100."""
+    if metric == "perplexity":
+        return perplexity_text(value)
+    return f"{100 * value:.1f}" if metric in GENERATED else f"{100 * value:.1f} %"
 
 
 def metric_change_text(metric: str, value: float, original: float) -> str:
@@ -43,7 +48,7 @@ def metric_change_text(metric: str, value: float, original: float) -> str:
 
 def metric_name(metric: str) -> str:
     """A metric as it is written in text."""
-    return "macro F1" if metric == "macro_f1" else metric
+    return WRITTEN.get(metric, metric)
 
 
 def unit_of(evaluation: dict[str, Any]) -> str:
@@ -55,7 +60,8 @@ def unit_of(evaluation: dict[str, Any]) -> str:
 def metrics_of(evaluation: dict[str, Any]) -> tuple[str, ...]:
     """The metrics of quality that are shown of `evaluation.json`."""
     entry = next(iter(evaluation.values()))
-    return ("perplexity",) if "perplexity" in entry else tuple(m for m in ("accuracy", "macro_f1") if m in entry)
+    known = (*GENERATED, "perplexity") if "perplexity" in entry else ("accuracy", "macro_f1")
+    return tuple(metric for metric in known if metric in entry)
 
 
 def headings(evaluation: dict[str, Any]) -> tuple[str, ...]:
