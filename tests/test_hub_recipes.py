@@ -34,6 +34,9 @@ OBJECTS = [f"object {number}" for number in range(1000)]
 OBJECTS[134] = OBJECTS[517] = "crane"
 """As models name the classes of ImageNet. `datasets` allows no name twice, and calls the second crane2."""
 
+NEEDED = {"image-classification": ("PIL",), "sequence-to-sequence": ("sacrebleu", "rouge_score")}
+"""Packages of extras, by task."""
+
 LLAMA: dict[str, Any] = {"vocab_size": 128256, "num_key_value_heads": 8, "rope_theta": 5e5}
 PUBLISHED: dict[str, tuple[str, int, dict[str, Any]]] = {
     "bhadresh-savani/bert-base-uncased-emotion": (
@@ -44,6 +47,10 @@ PUBLISHED: dict[str, tuple[str, int, dict[str, Any]]] = {
     ),
     "microsoft/resnet-152": (
         "ResNetForImageClassification", 60_192_808, {"id2label": dict(enumerate(OBJECTS)), "depths": [3, 8, 36, 3]}
+    ),
+    "ZhangCheng/T5-Base-finetuned-for-Question-Generation": (
+        "T5ForConditionalGeneration", 222_903_552,
+        {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12, "decoder_start_token_id": 0},
     ),
     "Qwen/Qwen2.5-0.5B": (
         "Qwen2ForCausalLM", 494_032_768,
@@ -103,13 +110,14 @@ def make_checkpoint(path: str, dtype: str, folder: Path) -> Path:
 
 
 def make_records(source: dict[str, Any], count: int, path: Path) -> Path:
-    """Records with the fields that a source names: numbers of classes, texts of about 100 words."""
+    """Records with the fields that a source names: texts of about 100 words, classes by number, short targets."""
     draw = random.Random(0)
     with path.open("w") as file:
         for number in range(count):
             record = {
                 source.get("text_field", "text"): " ".join(draw.choices(WORDS, k=draw.randint(50, 150))),
                 source.get("label_field", "label"): number % len(MOODS),
+                source.get("target_field", "target"): " ".join(draw.choices(WORDS, k=draw.randint(10, 20))),
             }
             file.write(json.dumps(record) + "\n")
     return path
@@ -163,8 +171,9 @@ def test_every_recipe_dry_runs_and_fits_on_its_gpus(
 ) -> None:
     monkeypatch.chdir(ROOT)  # where the DeepSpeed configurations lie that recipes name
     content = yaml.safe_load(path.read_text())
-    if content["model"].get("task") == "image-classification" and find_spec("PIL") is None:
-        pytest.skip("needs the extra vision")
+    for package in NEEDED.get(content["model"].get("task"), ()):
+        if find_spec(package) is None:
+            pytest.skip(f"needs {package}, of an extra")
     dtype = content["model"]["dtype"]
     model = make_checkpoint(content["model"]["path"], dtype, tmp_path / "model")
     content["model"]["path"] = str(model)
