@@ -177,7 +177,7 @@ def test_nothing_names_a_registry_or_a_home() -> None:
             assert word not in text, path
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
 def test_every_configuration_is_valid(path: Path) -> None:
     from mpruner_dist.config_file import load_config
 

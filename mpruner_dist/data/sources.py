@@ -11,7 +11,7 @@ import numpy as np
 
 from mpruner_dist.config import SourceConfig
 from mpruner_dist.data.images import Bytes, idx_records
-from mpruner_dist.data.labelled import label_number
+from mpruner_dist.data.labelled import label_number, numbered_alike
 from mpruner_dist.errors import UserError
 
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -36,7 +36,8 @@ def open_source(source: SourceConfig) -> tuple[Iterator[str], int, str | None]:
 def open_labelled(source: SourceConfig, labels: list[str]) -> tuple[Iterator[tuple[str, int]], int]:
     """The texts that a source takes, each with the number of its class, and how many they are.
 
-    A label is a name or a number. Where the source names its numbers and the model its classes, the names count.
+    A label is a name or a number. Where the source names its numbers and the model its classes, the names count, unless
+    both number them alike.
 
     Args:
         source: where they are.
@@ -90,7 +91,7 @@ def _labelled(
     table: Any, rows: range, source: SourceConfig, field: str, labels: list[str]
 ) -> Iterator[tuple[Any, int]]:
     names = getattr(table.features[source.label_field], "names", None)  # of a ClassLabel
-    if labels[0] == "LABEL_0":  # the model names none
+    if labels[0] == "LABEL_0" or (names and numbered_alike(names, labels)):  # the model names none, or the same
         names = None
     for row in rows:
         record = table[row]
