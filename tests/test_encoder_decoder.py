@@ -16,11 +16,13 @@ from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config
 from mpruner_dist.data.pairs import Pairs, make_pairs
 from mpruner_dist.data.parts import load_part, save_part
+from mpruner_dist.errors import UserError
 from mpruner_dist.evaluation.generation import compared, generate
 from mpruner_dist.models.blocks import skipped
 from mpruner_dist.models.engines import inference_engine
 from mpruner_dist.models.scoring import score_part
 from mpruner_dist.models.stacks import run_blocks, run_stacks, series_of_blocks
+from mpruner_dist.plan import Plan
 from mpruner_dist.rewriting.proof import verify_checkpoint
 from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
 from mpruner_dist.tasks import task_of
@@ -145,11 +147,8 @@ def test_skipped_blocks_are_as_if_rewritten(family: str, tmp_path: Path) -> None
     stacks, series = run_stacks(model), series_of_blocks(model)
     assert [stack.depth for stack in stacks] == [len(blocks) for blocks in series] == [ENCODER, DECODER]
     dropped = [1, 2, 4, 8]  # two of the encoder are left, and three of the decoder
-    kept = {
-        stack.name: [at for at in range(stack.depth) if first + at not in dropped]
-        for stack, first in zip(stacks, (0, ENCODER), strict=True)
-    }
-    rewrite_checkpoint(tmp_path / "model", tmp_path / "small", kept)
+    plan = Plan.keeping(9, [layer for layer in range(9) if layer not in dropped])
+    rewrite_checkpoint(tmp_path / "model", tmp_path / "small", plan)
     small = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "small").eval()
     ids, said = (torch.randint(3, 124, shape, generator=torch.Generator().manual_seed(1)) for shape in ((2, 7), (2, 5)))
     inputs = {"input_ids": ids, "decoder_input_ids": said, "use_cache": False}
@@ -161,6 +160,11 @@ def test_skipped_blocks_are_as_if_rewritten(family: str, tmp_path: Path) -> None
             small.generate(input_ids=ids, max_new_tokens=6, do_sample=False, use_cache=use) for use in (True, False)
         ]
     assert said[0].tolist() == said[1].tolist()
+
+
+def test_a_plan_for_another_number_of_layers_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the plan is for 8 layers, the model has 9"):
+        rewrite_checkpoint(folder / "model", tmp_path / "small", Plan.keeping(8, [0, 4]))
 
 
 def pairs(folder: Path, number: int) -> Pairs:

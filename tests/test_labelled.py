@@ -204,10 +204,10 @@ def test_batches_of_other_lengths_in_one_forward_pass_give_the_same_samples() ->
     part = LabelledTexts(ids, lengths, np.zeros(8, np.int32))
     for unit, count in (("token", 7), ("sequence", 4)):
         config = CollectConfig(unit=unit, batch_size=4, samples=count, skip_tokens=1)
-        group, together = grouped(part, [0, 1], config)
+        group, (together,) = grouped(part, [0, 1], config)
         hidden = torch.from_numpy(group.ids)[:, :, None].float()
         for batch, samples, of_batch in zip((0, 1), together, hidden.split(4), strict=True):
-            alone, (expected,) = grouped(part, [batch], config)
+            alone, ((expected,),) = grouped(part, [batch], config)
             taken = expected.take(torch.from_numpy(alone.ids)[:, :, None].float())
             assert torch.equal(samples.take(of_batch), taken)
             assert torch.equal(samples.groups_N, expected.groups_N)

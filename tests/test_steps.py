@@ -164,7 +164,7 @@ def test_only_a_plan_by_hand_may_keep_all_layers(tmp_path: Path) -> None:
         session = SimpleNamespace(run_tasks=lambda function, items, progress: run_here(function, items))
         return SimpleNamespace(
             config=config, source=tmp_path / "model", model_id="m", folder=tmp_path, session=session,
-            plan=lambda: Plan.keeping(3, [0, 1, 2]), kept=lambda plan: plan.kept,
+            plan=lambda: Plan.keeping(3, [0, 1, 2]),
         )  # fmt: skip
 
     with pytest.raises(UserError, match="the plan removes nothing"):

@@ -60,8 +60,10 @@ def unit_of(evaluation: dict[str, Any]) -> str:
 def metrics_of(evaluation: dict[str, Any]) -> tuple[str, ...]:
     """The metrics of quality that are shown of `evaluation.json`."""
     entry = next(iter(evaluation.values()))
-    known = (*GENERATED, "perplexity") if "perplexity" in entry else ("accuracy", "macro_f1")
-    return tuple(metric for metric in known if metric in entry)
+    for known in (GENERATED, ("perplexity",), ("accuracy", "macro_f1")):
+        if shown := tuple(metric for metric in known if metric in entry):
+            return shown
+    raise ValueError(f"no known metric among {', '.join(entry)}")
 
 
 def headings(evaluation: dict[str, Any]) -> tuple[str, ...]:
@@ -113,7 +115,7 @@ def evaluation_changes(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
 def print_evaluation(path: Path) -> None:
     """Print `evaluation.json`."""
     evaluation = json.loads(path.read_text())
-    table = Table(*headings(evaluation))
+    table = Table(*headings(evaluation), pad_edge=False, show_edge=False)  # so that 80 columns hold three metrics
     for column in table.columns[1:]:
         column.justify = "right"
     for row in evaluation_rows(evaluation):
