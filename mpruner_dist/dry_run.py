@@ -18,8 +18,7 @@ from mpruner_dist.data.parts import Part
 from mpruner_dist.data.prepare import make_part
 from mpruner_dist.data.readers import make_reader
 from mpruner_dist.errors import UserError
-from mpruner_dist.evaluation.generation import require_scorers
-from mpruner_dist.evaluation.tasks import require_harness
+from mpruner_dist.evaluation.extras import require_extras
 from mpruner_dist.logs import show_progress
 from mpruner_dist.models.loading import quiet_transformers, read_config
 from mpruner_dist.models.naming import layer_names
@@ -54,7 +53,7 @@ def describe(config: Config) -> Rows:
     depth, sizes = len(layers), layer_parameters(checkpoint, layers)
     depths = [len(of_stack) for of_stack in stacks.values()]
     require_targets(config.retrain, model_config, config.model.trust_remote_code)
-    require_scorers(config)
+    require_extras(config)
     reader, reads = make_reader(config, source), FACTS[config.model.task].reads
     with TemporaryDirectory() as folder:
         progress = Path(folder) / "progress.json"
@@ -194,8 +193,6 @@ def _rounds(config: Config) -> Rows:
     if rounds is None:
         return []
     judged = f"the task {rounds.task.name}" if rounds.task else f"{rounds.metric} on the validation part"
-    if rounds.task:
-        require_harness()
     return [
         (
             "rounds",

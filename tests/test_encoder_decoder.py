@@ -203,7 +203,7 @@ def divided(folder: Path, part: Path, results: Path) -> None:
     config = config_of(folder)
     engine = inference_engine(inference_settings({}, 3, "float32"), folder / "model", config.model, worker.log)
     score = score_part(worker, engine, task_of(config.model), load_part(part), 3)
-    said = generate(worker, engine, load_part(part), config)
+    said = generate(worker, engine, load_part(part), config, worker.tell)
     (results / f"{worker.rank}.json").write_text(json.dumps([score.loss, said.tolist()]))
 
 

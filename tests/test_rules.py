@@ -55,7 +55,7 @@ OWNERS = {
 NO_TORCH = {
     "errors", "logs", "config", "config_file", "exchange", "plan", "runs", "checkpoints.folder", "checkpoints.header",
     "checkpoints.stored", "checkpoints.torch_files", "checkpoints.zero_files", "checkpoints.distcp",
-    "checkpoints.formats", "planning.budget", "planning.clusters",
+    "checkpoints.formats", "evaluation.extras", "planning.budget", "planning.clusters",
     "planning.greedy", "planning.losses", "planning.planner", "planning.proposals", "planning.ranking",
     "planning.search", "similarity.finalise", "similarity.sums", "similarity.stage",
     "rewriting.finished", "rewriting.layout", "retraining.freezing", "retraining.settings",

@@ -132,7 +132,7 @@ def test_a_signal_during_a_task_is_heard_after_it(tmp_path: Path, monkeypatch: p
     models = {"original": tmp_path, "pruned": tmp_path}
     spec = {"config": config_for(tmp_path), "models": models, "results": tmp_path, "original": tmp_path}
     with pytest.raises(Preempted):
-        job.evaluate_job(worker, spec | {"blocks": tmp_path, "deepspeed": {}})
+        job.evaluate_job(worker, spec | {"blocks": tmp_path, "deepspeed": {}, "tasks": ()})
     assert (tmp_path / "original.json").exists()
     assert signals == ["SIGTERM"]
 

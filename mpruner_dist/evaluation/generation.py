@@ -1,6 +1,6 @@
 """How near the texts that a model generates come to the right ones. Needs the extra `generation`."""
 
-from importlib.util import find_spec
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -9,30 +9,17 @@ import torch
 
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config
-from mpruner_dist.config.task import FACTS
 from mpruner_dist.data.blocks import batch_rows, num_batches, share_of_batches
 from mpruner_dist.data.pairs import Pairs
 from mpruner_dist.data.readers import load_tokenizer
-from mpruner_dist.errors import UserError
 from mpruner_dist.tasks import task_of
 
-
-def require_scorers(config: Config) -> None:
-    """Refuse a task whose metrics cannot be computed here.
-
-    Raises:
-        UserError: with the command that installs them.
-    """
-    metrics = FACTS[config.model.task].of_generated
-    missing = [package for package in ("sacrebleu", "rouge_score") if metrics and find_spec(package) is None]
-    if missing:
-        raise UserError(
-            f"{', '.join(metrics)} of model.task {config.model.task} need {' and '.join(missing)}: "
-            "pip install 'mpruner-dist[generation]'"
-        )
+Tell = Callable[[int], None]
 
 
-def generated_quality(worker: Worker, engine: Any, part: Pairs, folder: Path, config: Config) -> dict[str, float]:
+def generated_quality(
+    worker: Worker, engine: Any, part: Pairs, folder: Path, config: Config, tell: Tell
+) -> dict[str, float]:
     """Generate what should be said of every text of a part, on all workers, and compare; the same on every worker.
 
     Words are chosen greedily, at most as many as the longest target has.
@@ -43,19 +30,20 @@ def generated_quality(worker: Worker, engine: Any, part: Pairs, folder: Path, co
         part: the texts and what should be said.
         folder: of the model, for its tokenizer.
         config: of the run.
+        tell: hears how many batches are done.
     """
     tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
     texts = [
         tokenizer.batch_decode(rows, skip_special_tokens=True)
         for rows in (
-            generate(worker, engine, part, config).tolist(),
+            generate(worker, engine, part, config, tell).tolist(),
             [ids[:length] for ids, length in zip(part.target_ids.tolist(), part.target_lengths, strict=True)],
         )
     ]
     return compared(*texts)
 
 
-def generate(worker: Worker, engine: Any, part: Pairs, config: Config) -> torch.Tensor:
+def generate(worker: Worker, engine: Any, part: Pairs, config: Config, tell: Tell) -> torch.Tensor:
     """Tokens that follow from each text, int64 [pairs, longest target], padded; the same on every worker."""
     model, size = engine.module, config.evaluate.batch_size
     longest = part.target_ids.shape[1] - 1
@@ -80,7 +68,7 @@ def generate(worker: Worker, engine: Any, part: Pairs, config: Config) -> torch.
         if counted:
             said[rows.start : rows.stop] = model.config.pad_token_id
             said[rows.start : rows.stop, : tokens.shape[1]] = tokens
-        worker.tell(min((turn + 1) * worker.world_size, batches))
+        tell(min((turn + 1) * worker.world_size, batches))
     return worker.sum_over_workers(said)
 
 

@@ -38,6 +38,7 @@ from mpruner_dist.reporting.table import (
     metric_text,
     metrics_of,
     parameters_text,
+    task_table,
     unit_of,
 )
 from mpruner_dist.reporting.training import training
@@ -113,6 +114,7 @@ def _facts(run: Path, config: Config, stages: dict[str, dict[str, Any]]) -> Fact
         "facts": FACTS[config.model.task],
         "metric_note": METRIC_NOTES[config.model.task],
         "results": list(zip(evaluation_rows(evaluation), evaluation_changes(evaluation), strict=True)),
+        "task_table": task_table(evaluation),
         "kept": format_layers(plan.kept).replace(",", ", "),
         "dropped": format_layers(plan.dropped).replace(",", ", "),
         "choice": choice(config.plan, plan, config.rounds, unit_of(evaluation)),

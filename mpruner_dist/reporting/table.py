@@ -112,12 +112,28 @@ def evaluation_changes(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
+def task_table(evaluation: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
+    """Headings and rows of what each model makes of tasks of the lm-evaluation-harness, if any were asked for."""
+    tasks = evaluation["original"].get("tasks", {})
+    rows = [
+        (f"{name} ({found['task_metric']})", *(f"{entry['tasks'][name]['task']:.4g}" for entry in evaluation.values()))
+        for name, found in tasks.items()
+    ]
+    return (("task", *evaluation), rows) if rows else None
+
+
 def print_evaluation(path: Path) -> None:
     """Print `evaluation.json`."""
     evaluation = json.loads(path.read_text())
-    table = Table(*headings(evaluation), pad_edge=False, show_edge=False)  # so that 80 columns hold three metrics
+    _print(headings(evaluation), evaluation_rows(evaluation))
+    if of_tasks := task_table(evaluation):
+        _print(*of_tasks)
+
+
+def _print(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    table = Table(*headings, pad_edge=False, show_edge=False)  # so that 80 columns hold three metrics
     for column in table.columns[1:]:
         column.justify = "right"
-    for row in evaluation_rows(evaluation):
+    for row in rows:
         table.add_row(*row)
     Console().print(table)
