@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.cluster.engine import start_deepspeed
 from mpruner_dist.cluster.worker import Worker
@@ -48,7 +50,10 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
         folder = Path(spec["models"][label])
         engine = inference_engine(settings, folder, config.model, worker.log)
         worker.begin_progress(f"evaluate {label}", "batches", num_batches(len(part), config.evaluate.batch_size))
+        if worker.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(worker.device)
         score = score_part(worker, engine, task, part, config.evaluate.batch_size, tell)
+        memory = gpu_memory(worker)
         of_task: dict[str, Any] = {}
         if config.rounds is not None and config.rounds.task is not None:
             worker.log(f"task {config.rounds.task.name}")
@@ -66,6 +71,7 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
                 f"{task.facts.unit}s": score.predictions,
                 f"{task.facts.unit}s_per_second": task.size(part) / score.seconds,
                 "workers": worker.world_size,  # as many as there was room for
+                **memory,
                 **of_task,
             })  # fmt: skip
         engine.destroy()
@@ -73,6 +79,17 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
         gc.collect()
         worker.barrier()
         stop_if_told()  # a signal may have come during the task
+
+
+def gpu_memory(worker: Worker) -> dict[str, int]:
+    """Most bytes that tensors took on a worker's GPU since the peak was set back; all workers call it.
+
+    Empty on CPUs: there the peak is one of the whole process, and cannot be set back between two models.
+    """
+    if worker.device.type != "cuda":
+        return {}
+    [least] = worker.least_over_workers(-torch.cuda.max_memory_allocated(worker.device))
+    return {"gpu_bytes": -least}
 
 
 def write_evaluation(results: Path, labels: list[str], target: Path) -> None:
