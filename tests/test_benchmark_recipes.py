@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import recipes
+import recipe_runs
 import yaml
 from recipe_tables import PUBLISHED, Found, Outcome, published_table, result_table, spread, verdict
 
@@ -164,9 +164,9 @@ class Runs:
 
 
 def recipe_file(folder: Path, monkeypatch: pytest.MonkeyPatch, runs: Runs, **changes: Any) -> Path:
-    monkeypatch.setattr(recipes, "run", runs)
-    monkeypatch.setattr(recipes, "original", lambda config: None)
-    monkeypatch.setattr(recipes, "layer_parameters", lambda checkpoint, layers: [SIZE] * len(layers))
+    monkeypatch.setattr(recipe_runs, "run", runs)
+    monkeypatch.setattr(recipe_runs, "original", lambda config: None)
+    monkeypatch.setattr(recipe_runs, "layer_parameters", lambda checkpoint, layers: [SIZE] * len(layers))
     text = {"path": "text.jsonl", "take": [0, 1]}
     content = {
         "model": {"path": "model", "task": "text-classification"},
@@ -183,7 +183,7 @@ def test_baselines_have_the_depth_the_training_and_the_similarities(
 ) -> None:
     runs = Runs()
     file = recipe_file(tmp_path, monkeypatch, runs)
-    measured = recipes.measure(file, tmp_path, [3, 5], list(recipes.BASELINES))
+    measured = recipe_runs.measure(file, tmp_path, [3, 5], list(recipe_runs.BASELINES))
     assert runs.trained == [
         "recipe-seed3", "influence-seed3", "original-seed3", "recipe-seed5", "influence-seed5", "original-seed5",
     ]  # fmt: skip
@@ -205,7 +205,7 @@ def test_baselines_have_the_depth_the_training_and_the_similarities(
         "seed 3: last has the plan, and the result, of recipe-seed3",
         "seed 3: random came to nothing and is left out: the loss is not finite",
     ]
-    again = recipes.measure(file, tmp_path, [3, 5], list(recipes.BASELINES))
+    again = recipe_runs.measure(file, tmp_path, [3, 5], list(recipe_runs.BASELINES))
     assert again.found == measured.found
 
 
@@ -220,13 +220,13 @@ def test_baselines_of_rounds_train_as_long_as_the_accepted_rounds(
 ) -> None:
     runs = Runs((True, False, True))
     file = recipe_file(tmp_path, monkeypatch, runs, **ROUNDS)
-    measured = recipes.measure(file, tmp_path, [0], ["last"])
+    measured = recipe_runs.measure(file, tmp_path, [0], ["last"])
     config = runs.configs["last-seed0"]
     assert config.rounds is None
     assert (config.plan.keep_layers, config.retrain and config.retrain.steps) == (4, 40)
     assert runs.collected["last-seed0"] == "recipe-seed0/round-01"
     assert "last-seed0" in runs.trained  # though it has the recipe's plan: that was trained in two rounds
-    told = recipes.caption(file, load_config(file, []), measured)
+    told = recipe_runs.caption(file, load_config(file, []), measured)
     assert "steps: 40 (seed 0)" in told
     assert "original has no gaps" not in told
     assert "not measured on CPUs" in told
@@ -235,7 +235,7 @@ def test_baselines_of_rounds_train_as_long_as_the_accepted_rounds(
 def test_nothing_is_compared_where_nothing_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = Runs((False,))
     file = recipe_file(tmp_path, monkeypatch, runs, **ROUNDS)
-    measured = recipes.measure(file, tmp_path, [0], ["last", "original"])
+    measured = recipe_runs.measure(file, tmp_path, [0], ["last", "original"])
     assert runs.trained == ["recipe-seed0"]
     assert measured.notes == ["seed 0: no round was accepted, the recipe's result is the original itself"]
 
@@ -243,7 +243,7 @@ def test_nothing_is_compared_where_nothing_was_removed(tmp_path: Path, monkeypat
 def test_a_recipe_without_retraining_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = recipe_file(tmp_path, monkeypatch, Runs(), retrain=None)
     with pytest.raises(UserError, match="no section retrain"):
-        recipes.measure(file, tmp_path, [0], [])
+        recipe_runs.measure(file, tmp_path, [0], [])
 
 
 def test_stages_that_a_round_took_over_count_once(tmp_path: Path) -> None:
@@ -254,4 +254,4 @@ def test_stages_that_a_round_took_over_count_once(tmp_path: Path) -> None:
         "round-02": {"collect": collect, "retrain": {"seconds": 11.0}},
     }.items():
         write_json(tmp_path / folder / "manifest.json", {"version": 1, "stages": stages})
-    assert recipes.seconds_of(tmp_path) == 52.0
+    assert recipe_runs.seconds_of(tmp_path) == 52.0
