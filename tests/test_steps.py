@@ -127,7 +127,7 @@ def test_a_signal_during_a_task_is_heard_after_it(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(job, "run_task", run_task)
     nothing = dict.fromkeys(("barrier", "begin_progress", "log", "tell"), lambda *_: None)
     nothing["select_on_first"] = lambda items, is_wanted: list(filter(is_wanted, items))
-    nothing |= {"is_first": True, "world_size": 1, "device": None}
+    nothing |= {"is_first": True, "world_size": 1, "device": torch.device("cpu")}
     worker: Any = SimpleNamespace(must_stop=lambda: bool(signals), stop=stop, **nothing)
     models = {"original": tmp_path, "pruned": tmp_path}
     spec = {"config": config_for(tmp_path), "models": models, "results": tmp_path, "original": tmp_path}
@@ -135,6 +135,15 @@ def test_a_signal_during_a_task_is_heard_after_it(tmp_path: Path, monkeypatch: p
         job.evaluate_job(worker, spec | {"blocks": tmp_path, "deepspeed": {}, "tasks": ()})
     assert (tmp_path / "original.json").exists()
     assert signals == ["SIGTERM"]
+
+
+def test_the_peak_of_memory_is_that_of_the_worker_with_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5_000)
+    others = {"least_over_workers": lambda mine: [min(mine, -7_000)]}  # another worker's is 7,000
+    worker: Any = SimpleNamespace(device=torch.device("cuda", 1), **others)
+    assert job.gpu_memory(worker) == {"gpu_bytes": 7_000}
+    worker.device = torch.device("cpu")
+    assert job.gpu_memory(worker) == {}
 
 
 def test_other_text_for_rounds_is_refused_with_a_command_that_rounds_take(

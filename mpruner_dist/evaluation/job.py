@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.cluster.engine import start_deepspeed
 from mpruner_dist.cluster.worker import Worker
@@ -50,8 +52,11 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
         folder = Path(spec["models"][label])
         engine = inference_engine(settings, folder, config.model, worker.log)
         worker.begin_progress(f"evaluate {label}", "batches", num_batches(len(part), config.evaluate.batch_size))
+        if worker.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(worker.device)
         score = score_part(worker, engine, task, part, config.evaluate.batch_size, tell)
         ask = partial(ask_harness, worker, engine, folder, config)
+        memory = gpu_memory(worker)
         of_task: dict[str, Any] = {}
         if task.facts.of_generated:
             of_task = generated_quality(worker, engine, part, folder, config, tell)
@@ -70,6 +75,7 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
                 f"{task.facts.unit}s": score.predictions,
                 f"{task.facts.unit}s_per_second": task.size(part) / score.seconds,
                 "workers": worker.world_size,  # as many as there was room for
+                **memory,
                 **of_task,
             })  # fmt: skip
         engine.destroy()
@@ -83,6 +89,17 @@ def ask_harness(worker: Worker, engine: Any, folder: Path, config: Config, task:
     """What a model makes of a task of the harness."""
     worker.log(f"task {task.name}")
     return run_task(engine, folder, task, config.evaluate.batch_size, config.model.trust_remote_code)
+
+
+def gpu_memory(worker: Worker) -> dict[str, int]:
+    """Most bytes that tensors took on a worker's GPU since the peak was set back; all workers call it.
+
+    Empty on CPUs: there the peak is one of the whole process, and cannot be set back between two models.
+    """
+    if worker.device.type != "cuda":
+        return {}
+    [least] = worker.least_over_workers(-torch.cuda.max_memory_allocated(worker.device))
+    return {"gpu_bytes": -least}
 
 
 def write_evaluation(results: Path, labels: list[str], target: Path) -> None:
