@@ -1,11 +1,12 @@
 """The script that makes the recipes' data: what it takes from the packages."""
 
 import io
-import json
 import tarfile
 from pathlib import Path
 
-import prepare_recipes as recipes
+import prepare_recipes
+import pytest
+from recipes import images, texts, training
 
 
 def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -14,36 +15,72 @@ def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(info, io.BytesIO(content))
 
 
-def packed(folder: Path, lines: list[str]) -> Path:
+def scores(folder: Path, lines: list[str]) -> Path:
     """Scores in an archive in an archive, as in the package."""
     inner = io.BytesIO()
     with tarfile.open(fileobj=inner, mode="w:gz") as archive:
-        add(archive, recipes.SCORES, "\n".join(lines).encode("latin-1"))
+        add(archive, texts.SCORES, "\n".join(lines).encode("latin-1"))
     with tarfile.open(folder / "source.tar.gz", "w:gz") as archive:
         add(archive, "vaderSentiment-3.3.2/README.rst", b"")
         add(archive, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz", inner.getvalue())
     return folder / "source.tar.gz"
 
 
+def pairs(file: Path, first: str, second: str) -> list[tuple[str, str]]:
+    return sorted((record[first], record[second]) for record in training.read_records(file, 1.0))
+
+
 def test_sentences_that_people_agree_on_are_taken_once(tmp_path: Path) -> None:
     lines = ["1\t2.5\tA fine caf\xe9", "2\t-3.1\tDreadful", "3\t0.4\tSo so", "4\t2.4\tA fine caf\xe9", "5\t-0.5\tDull"]
     target = tmp_path / "movies.jsonl"
-    recipes.write_movies(target, packed(tmp_path, lines))
-    records = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
-    assert sorted((record["text"], record["label"]) for record in records) == [
+    texts.write_movies(target, scores(tmp_path, lines))
+    assert pairs(target, "text", "label") == [
         ("A fine caf\xe9", "positive"), ("Dreadful", "negative"), ("Dull", "negative"),
     ]  # fmt: skip
     assert {path.name for path in tmp_path.iterdir()} == {"movies.jsonl", "source.tar.gz"}
 
 
-def test_what_is_there_is_left_alone(tmp_path: Path, capsys) -> None:
-    (tmp_path / "movies.jsonl").touch()
-    (tmp_path / "minilm-movies").mkdir()
-    (tmp_path / "minilm-movies/model.safetensors").touch()
+def test_the_order_of_records_is_always_the_same(tmp_path: Path) -> None:
+    records = [{"text": str(number)} for number in range(100)]
+    for name in ("one", "two"):
+        training.write_records(tmp_path / name, records.copy())
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    written = training.read_records(tmp_path / "one", 1.0)
+    assert written != records
+    assert training.read_records(tmp_path / "one", 0.3) == written[:30]
+
+
+def test_a_folder_that_was_not_finished_is_not_there(tmp_path: Path) -> None:
+    def killed(target: Path) -> None:
+        with training.new_folder(target) as partial:
+            (partial / "half").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        killed(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    with training.new_folder(tmp_path / "model") as partial:
+        (partial / "whole").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "whole"]
+
+
+def test_what_is_there_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("movies.jsonl",):
+        (tmp_path / name).touch()
     (tmp_path / "fashion-mnist").mkdir()
-    (tmp_path / "resnet-fashion").mkdir()
-    (tmp_path / "resnet-fashion/preprocessor_config.json").touch()
-    for prepare in recipes.RECIPES.values():
+    for name in ("minilm-movies", "resnet-fashion"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    for prepare in prepare_recipes.RECIPES.values():
         prepare(tmp_path)
     assert capsys.readouterr().out.count("there already") == 2
     assert not (tmp_path / "download").exists()
+
+
+@pytest.mark.parametrize("make", [images.resnet])
+def test_networks_take_the_images(make) -> None:
+    import torch
+
+    model = make()
+    assert model(torch.zeros(2, 1, 28, 28)).logits.shape == (2, len(images.CLOTHES))
+    assert model.config.id2label[9] == "ankle boot"
