@@ -3,12 +3,13 @@
 import io
 import json
 import tarfile
+import zipfile
 from pathlib import Path
 
 import prepare_recipes
 import pytest
 from fetching import PrepareError, fetch
-from recipes import images, texts, training
+from recipes import images, phonemes, texts, training
 
 
 def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -39,6 +40,12 @@ def mails(folder: Path, mails: list[tuple[str, str]]) -> Path:
     return folder / "mails.tgz"
 
 
+def dictionary(folder: Path, lines: list[str]) -> Path:
+    with zipfile.ZipFile(folder / "words.whl", "w") as archive:
+        archive.writestr(phonemes.DICTIONARY, "".join(f"{line}\n" for line in lines))
+    return folder / "words.whl"
+
+
 def pairs(file: Path, first: str, second: str) -> list[tuple[str, str]]:
     return sorted((record[first], record[second]) for record in training.read_records(file, 1.0))
 
@@ -67,6 +74,30 @@ def test_bodies_of_mails_are_taken_once(tmp_path: Path, capsys: pytest.CaptureFi
         ("At one?\n\nYours", "ham"), ("BUY NOW", "spam"), ("Your caf\xe9\u2019s news", "ham"),
     ]  # fmt: skip
     assert "3 e-mails, 1 of them spam" in capsys.readouterr().out
+
+
+def test_words_of_letters_are_taken_with_their_first_pronunciation(tmp_path: Path) -> None:
+    lines = ["'em AH0 M", "aalborg AO1 L B AO0 R G # place, danish", "hello HH AH0 L OW1", "hello(2) HH EH0 L OW1",
+             "a.m. EY2 EH1 M", "x-ray EH1 K S R EY2", "d'arcy D AA1 R S IY0", ";;; a remark"]  # fmt: skip
+    target = tmp_path / "phonemes.jsonl"
+    phonemes.write_phonemes(target, dictionary(tmp_path, lines))
+    assert pairs(target, "text", "target") == [
+        ("a a l b o r g", "AO1 L B AO0 R G"), ("h e l l o", "HH AH0 L OW1"),
+    ]  # fmt: skip
+
+
+def test_letters_and_phonemes_have_tokens_and_an_end(tmp_path: Path) -> None:
+    import transformers
+
+    phonemes.make_tokenizer([{"text": "h e l l o", "target": "HH AH0 L OW1"}]).save_pretrained(tmp_path)
+    transformers.T5Config().save_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, len(tokenizer)) == (0, 1, 2, 11)
+    row = tokenizer("h o L", text_target="L OW1 z")
+    assert list(row) == ["input_ids", "attention_mask", "labels"]
+    assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == ["h", "o", "L", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(row["labels"]) == ["L", "OW1", "<unk>", "</s>"]
+    assert tokenizer.decode(tokenizer("HH AH0 L OW1")["input_ids"], skip_special_tokens=True) == "HH AH0 L OW1"
 
 
 def test_the_order_of_records_is_always_the_same(tmp_path: Path) -> None:
@@ -113,15 +144,15 @@ def test_npm_failing_says_what_to_do_by_hand(
 
 
 def test_what_is_there_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("movies.jsonl", "spam.jsonl"):
+    for name in ("movies.jsonl", "spam.jsonl", "phonemes.jsonl"):
         (tmp_path / name).touch()
     (tmp_path / "fashion-mnist").mkdir()
-    for name in ("minilm-movies", "minilm-spam", "smollm2-movies", "resnet-fashion", "vit-fashion"):
+    for name in ("minilm-movies", "minilm-spam", "smollm2-movies", "resnet-fashion", "vit-fashion", "t5-phonemes"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").touch()
     for prepare in prepare_recipes.RECIPES.values():
         prepare(tmp_path)
-    assert capsys.readouterr().out.count("there already") == 5
+    assert capsys.readouterr().out.count("there already") == 6
     assert not (tmp_path / "download").exists()
 
 
