@@ -65,7 +65,7 @@ def test_bodies_of_mails_are_taken_once(tmp_path: Path, capsys: pytest.CaptureFi
         ("easy-ham-1", "From: a\nSubject: lunch\n\nAt one?\n\nYours\n"),
         ("hard-ham-1", "From: b\n\nYour caf\xe9\u2019s news"),
         ("spam-1", "From: c\n\nBUY NOW\n"),
-        ("spam-2", "From: d\nX-Other: e\n\n  BUY NOW"),
+        ("spam-2", "From: d\nX-Other: e\n\n  BUY\tNOW"),
         ("spam-2", "From: only a head"),
     ])  # fmt: skip
     target = tmp_path / "spam.jsonl"

@@ -66,15 +66,19 @@ def write_movies(target: Path, archive: Path) -> None:
 
 
 def write_spam(target: Path, archive: Path) -> None:
-    """Write what stands below the head of each e-mail, each once: heads tell by which road a collection came."""
-    kinds: dict[str, str] = {}
+    """Write what stands below the head of each e-mail: heads tell by which road a collection came.
+
+    Bodies that differ in white space only are the same, to most tokenizers too, and written once.
+    """
+    mails: dict[str, dict[str, str]] = {}
     with tarfile.open(archive) as package:
         for member in package:
             if MAIL.fullmatch(member.name) and (file := package.extractfile(member)):
                 mail = json.load(file)
                 body = mail["text"].partition("\n\n")[2].strip()
-                kinds[body] = "spam" if mail["group"].startswith("spam") else "ham"
-    records = [{"text": body, "label": kind} for body, kind in kinds.items() if body]
+                label = "spam" if mail["group"].startswith("spam") else "ham"
+                mails.setdefault(" ".join(body.split()), {"text": body, "label": label})
+    records = [mail for mail in mails.values() if mail["text"]]
     write_records(target, records)
     print(f"{target}: {len(records)} e-mails, {sum(record['label'] == 'spam' for record in records)} of them spam")
 
