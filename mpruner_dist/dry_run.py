@@ -30,6 +30,7 @@ from mpruner_dist.retraining.metrics import require_loggers
 from mpruner_dist.retraining.settings import hidden_size, training_settings
 from mpruner_dist.retraining.targets import require_targets
 from mpruner_dist.rounds import Base, round_config
+from mpruner_dist.similarity.collect import require_samples
 from mpruner_dist.tasks import task_of
 
 Rows = list[tuple[str, str]]
@@ -61,6 +62,7 @@ def describe(config: Config) -> Rows:
             parts = {
                 part: make_part(config, part, text, reader, progress)[0] for part, text in config.data.parts().items()
             }
+    require_samples(parts["calibration"], config.collect)
     given = read_deepspeed_config(config.cluster.deepspeed)
     chosen = given.get("zero_optimization", {}).get("stage", config.cluster.zero_stage)
     # the workers choose by their own memory; what a replica would take is the most that it can be

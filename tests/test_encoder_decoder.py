@@ -123,7 +123,7 @@ def test_an_encoder_and_a_decoder_are_pruned_retrained_and_measured(folder: Path
     assert [evaluation[label]["layers"] for label in ("original", "pruned", "retrained")] == [9, 6, 6]
     verify_checkpoint(run / "retrained")
     assert "BLEU" in output
-    assert "BLEU 100.0" in (run / "report.html").read_text()
+    assert "BLEU 1.000" in (run / "report.html").read_text()
 
 
 def influence(model_folder: Path, run: Path) -> list[float]:
@@ -233,6 +233,8 @@ def test_texts_are_compared_from_0_to_1() -> None:
     worse = compared(["the cat sat on a mat", "no"], right)
     assert 0 < worse["bleu"] < worse["chrf"] < 1
     assert worse["rouge_l"] == pytest.approx((2 * 5 / (6 + 7)) / 2)
+    russian = ["кошка сидит на ковре сегодня", "собака убежала далеко отсюда вчера"]
+    assert compared(russian, russian)["rouge_l"] == pytest.approx(1.0)
 
 
 def test_what_an_encoder_decoder_cannot_do_is_refused(folder: Path, tmp_path: Path, command: Any) -> None:
@@ -240,6 +242,7 @@ def test_what_an_encoder_decoder_cannot_do_is_refused(folder: Path, tmp_path: Pa
         ("retrain.distillation.hidden_weight=0.2", "compares states at the tokens of one text"),
         ("retrain.distillation={weight: 0.5, top_k: 4, cache: true}", "holds blocks of text"),
         ("model.task=causal-lm", "data.target_size is of model.task sequence-to-sequence"),
+        ("collect.samples=41", "calibration batch 0 has 40 token samples to draw from of its texts, 41 are needed"),
         ("data.test.target_field=other", "has no field 'other': set target_field to one of text, said"),
     ]:
         config = write_config(tmp_path / "config.yaml", settings(folder))

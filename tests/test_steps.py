@@ -173,11 +173,13 @@ def test_only_a_plan_by_hand_may_keep_all_layers(tmp_path: Path) -> None:
         session = SimpleNamespace(run_tasks=lambda function, items, progress: run_here(function, items))
         return SimpleNamespace(
             config=config, source=tmp_path / "model", model_id="m", folder=tmp_path, session=session,
-            plan=lambda: Plan.keeping(3, [0, 1, 2]),
+            plan=lambda: Plan.keeping(3, [0, 1, 2]), stacks=lambda: [3],
         )  # fmt: skip
 
     with pytest.raises(UserError, match="the plan removes nothing"):
         rewrite(made_by({"threshold": 0.99}))[2]()
+    with pytest.raises(UserError, match=r"all of them always stay.*lower plan\.protect_first or plan\.protect_last"):
+        rewrite(made_by({"threshold": 0.99, "protect_first": 2}))[2]()
     rewrite(made_by({"method": "file", "file": "all.json"}))[2]()
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "pruned"))
     assert before.keys() == after.keys()

@@ -1,5 +1,6 @@
 """How near the texts that a model generates come to the right ones. Needs the extra `generation`."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -22,7 +23,8 @@ def generated_quality(
 ) -> dict[str, float]:
     """Generate what should be said of every text of a part, on all workers, and compare; the same on every worker.
 
-    Words are chosen greedily, at most as many as the longest target has.
+    Words are chosen greedily, at most as many as the longest target has. The right texts are those of the targets'
+    tokens: what the tokenizer does not know, and what `data.target_size` cut off, is in neither.
 
     Args:
         worker: this one.
@@ -37,7 +39,7 @@ def generated_quality(
         tokenizer.batch_decode(rows, skip_special_tokens=True)
         for rows in (
             generate(worker, engine, part, config, tell).tolist(),
-            [ids[:length] for ids, length in zip(part.target_ids.tolist(), part.target_lengths, strict=True)],
+            [ids[1:length] for ids, length in zip(part.target_ids.tolist(), part.target_lengths, strict=True)],
         )
     ]
     return compared(*texts)
@@ -48,6 +50,7 @@ def generate(worker: Worker, engine: Any, part: Pairs, config: Config, tell: Tel
     model, size = engine.module, config.evaluate.batch_size
     longest = part.target_ids.shape[1] - 1
     batches = num_batches(len(part), size)
+    divided = worker.world_size > 1 and engine.zero_optimization_partition_weights()
     mine, turns = share_of_batches(list(range(batches)), worker.rank, worker.world_size)
     said = torch.zeros(len(part), longest, dtype=torch.int64, device=worker.device)
     worker.begin_progress("generate", "batches", batches)
@@ -63,7 +66,9 @@ def generate(worker: Worker, engine: Any, part: Pairs, config: Config, tell: Tel
                 do_sample=False,
                 num_beams=1,
                 use_cache=True,
-                synced_gpus=worker.world_size > 1,  # a worker that is done goes on as long as any other is not
+                return_dict_in_generate=False,
+                min_length=0,  # no longer than the right texts must be possible
+                synced_gpus=divided,  # a worker that is done goes on as long as any other is not
             )[:, 1:]
         if counted:
             said[rows.start : rows.stop] = model.config.pad_token_id
@@ -72,12 +77,20 @@ def generate(worker: Worker, engine: Any, part: Pairs, config: Config, tell: Tel
     return worker.sum_over_workers(said)
 
 
+class Words:
+    """Splits a text into words of any script, as RougeScorer wants it."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """The words, without regard to capitals."""
+        return re.findall(r"\w+", text.lower())
+
+
 def compared(said: list[str], right: list[str]) -> dict[str, float]:
-    """BLEU and chrF of all texts together (sacrebleu's defaults), and the mean F of ROUGE-L, all from 0 to 1."""
+    """BLEU and chrF of all texts together (sacrebleu's defaults), and the mean F of ROUGE-L over words, from 0 to 1."""
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"])
+    scorer = RougeScorer(["rougeL"], tokenizer=Words())  # its own knows the letters a to z alone
     return {
         "bleu": sacrebleu.corpus_bleu(said, [right]).score / 100,
         "chrf": sacrebleu.corpus_chrf(said, [right]).score / 100,

@@ -54,7 +54,7 @@ METRIC_NOTES = {
     "text-classification": f"Accuracy is the share of the texts{CLASSES}",
     "image-classification": f"Accuracy is the share of the images{CLASSES}",
     "sequence-to-sequence": "BLEU, chrF and ROUGE-L compare what the model generates, word by word the likeliest, with "
-    "the right text, and go from 0 to 100",
+    "the right text, and go from 0 to 1",
 }
 CARD_MARKER = "<!-- mpruner-dist -->"
 Facts = dict[str, Any]

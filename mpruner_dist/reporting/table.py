@@ -35,15 +35,17 @@ def change_text(value: float, original: float) -> str:
 
 
 def metric_text(metric: str, value: float) -> str:
-    """A value of one of the tasks' metrics: a perplexity as a number, a share in percent, a BLEU from 0 to 100."""
+    """A value of one of the tasks' metrics: a perplexity and the like of BLEU as a number, a share in percent."""
     if metric == "perplexity":
         return perplexity_text(value)
-    return f"{100 * value:.1f}" if metric in GENERATED else f"{100 * value:.1f} %"
+    return f"{value:.3f}" if metric in GENERATED else f"{100 * value:.1f} %"
 
 
 def metric_change_text(metric: str, value: float, original: float) -> str:
     """Its change: of a perplexity relative to the original's, of a share the difference in points."""
-    return change_text(value, original) if metric == "perplexity" else f"{100 * (value - original):+.1f} points"
+    if metric == "perplexity":
+        return change_text(value, original)
+    return f"{value - original:+.3f}" if metric in GENERATED else f"{100 * (value - original):+.1f} points"
 
 
 def metric_name(metric: str) -> str:

@@ -25,6 +25,7 @@ from mpruner_dist.similarity.tap import BatchStatistics, LayerTap
 from mpruner_dist.tasks import task_of
 
 SUM_TOLERANCE = 1e-12  # all-reduce and fold add the same float64 numbers in another order
+OF_MASKS = (" of its texts", " of its targets")
 IsSettled = Callable[[BatchSums], bool]
 
 
@@ -66,7 +67,9 @@ class Collection:
         settings = forward_settings(worker, spec["deepspeed"], config, Path(spec["model"]))
         self.task = task_of(config.model)
         self.part: Part = load_part(spec["blocks"])
-        self.engine = inference_engine(settings, Path(spec["model"]), config.model, worker.log, head=False)
+        # a head over classes is small, and that of an encoder-decoder makes the decoder's input
+        head = self.task.facts.unit != "token"
+        self.engine = inference_engine(settings, Path(spec["model"]), config.model, worker.log, head=head)
         series = series_of_blocks(self.engine.module)
         self.taps = [LayerTap(blocks, sum(map(len, series[:number]))) for number, blocks in enumerate(series)]
         self.at_once = self._batches_at_once(series[-1][0], zero_stage(settings))
@@ -176,13 +179,27 @@ def grouped(part: Part, batches: list[int], config: CollectConfig) -> tuple[Part
     of_batches = [batch_rows(batch, config.batch_size, len(part)) for batch in batches]
     group = part.rows(chain.from_iterable(of_batches))
     sizes = [len(rows) for rows in of_batches]
+    masks = group.masks()
     return group, [
         [
-            draw_samples(of_batch, config, batch)
+            draw_samples(of_batch, config, batch, of)
             for of_batch, batch in zip(torch.split(torch.from_numpy(mask), sizes), batches, strict=True)
         ]
-        for mask in group.masks()
+        for mask, of in zip(masks, OF_MASKS if len(masks) > 1 else ("",), strict=True)
     ]
+
+
+def require_samples(part: Part, config: CollectConfig) -> None:
+    """Refuse a calibration some batch of which has too few samples, before any worker starts.
+
+    Raises:
+        UserError: which, and how many it has.
+    """
+    masks = part.masks()
+    for batch in range(config.num_batches):
+        rows = batch_rows(batch, config.batch_size, len(part))
+        for mask, of in zip(masks, OF_MASKS if len(masks) > 1 else ("",), strict=True):
+            draw_samples(torch.from_numpy(mask[rows.start : rows.stop]), config, batch, of)
 
 
 def for_series(samples: list[list[Samples]], series: int) -> list[list[Samples]]:

@@ -161,6 +161,12 @@ class LayerTap:
 
     def _taken(self, hidden: Tensor) -> list[Tensor]:
         sizes = [len(batch.samples.eligible_BT) for batch in self.batches]
+        width = self.batches[0].samples.eligible_BT.shape[1]
+        if self.batches[0].samples.unit in ("token", "sequence") and hidden.shape[1] != width:
+            raise StageFailure(
+                f"a block has states at {hidden.shape[1]} positions of texts of {width} tokens: this family pads or "
+                "cuts them inside, and which position is which token is not known"
+            )
         return [batch.samples.take(part) for batch, part in zip(self.batches, torch.split(hidden, sizes), strict=True)]
 
 
