@@ -3,8 +3,8 @@
     python benchmarks/plans.py configs/demo.yaml FOLDER [--depths 2,4,6,8,10] [--retrain STEPS]
 
 after launch/demo.sh. FOLDER is a run folder with all losses that were measured: the same command goes on from them.
-Search is given a third of the forward passes that greedy takes to the same depth. `--retrain` then gives the plans of
-some planners the same training, at every depth or at `--retrain-depths`, and prints the perplexity before and after.
+Search is given a third of the forward passes that greedy takes to the same depth. `--retrain` then gives all plans that
+are not hopeless the same training, at every depth or at `--retrain-depths`, and prints perplexities before and after.
 """
 
 import argparse
@@ -28,8 +28,8 @@ SETTINGS = (
     f"evaluate.batch_size={JUDGED // 4}",
 )  # fmt: skip
 """Settings over those of the file: plans are judged on four batches."""
-RETRAINED = ("search", "greedy", "influence", "angular", "partition", "chain, keeps first")
-"""The planners whose plans are not hopeless before training, by the table of perplexities."""
+HOPELESS = 2.0
+"""Plans of more than so many times the lowest perplexity at their depth are not retrained."""
 
 
 def configuration(file: Path, *overrides: str) -> Config:
@@ -90,10 +90,14 @@ def print_tables(found: dict[int, dict[str, Any]]) -> None:
 
 
 def retrain(file: Path, folder: Path, content: dict[str, Any], depth: int, steps: int) -> None:
-    """Give some plans the same training and print what comes of it."""
+    """Give all plans that are not hopeless the same training and print what comes of it."""
     print(f"\n| {depth} removed, {steps} steps | perplexity | retrained |\n|---|--:|--:|")
     done: dict[tuple[int, ...], dict[str, Any]] = {}
-    for name in RETRAINED:
+    losses = {name: by_depth[str(depth)]["loss"] for name, by_depth in content["planners"].items()}
+    limit = min(loss for loss in losses.values() if loss is not None) + math.log(HOPELESS)
+    for name, loss in losses.items():
+        if loss is None or loss > limit:
+            continue
         dropped = content["planners"][name][str(depth)]["dropped"]
         if tuple(dropped) not in done:
             where = folder / f"retrained-{'-'.join(map(str, dropped))}"
@@ -104,7 +108,7 @@ def retrain(file: Path, folder: Path, content: dict[str, Any], depth: int, steps
                 file, "plan.method=file", f"plan.file={given}", "plan.keep_layers=null", f"retrain.steps={steps}",
                 f"retrain.warmup_steps={min(steps // 10, 10)}", f"retrain.eval_every={steps}",
             )  # fmt: skip
-            run(config, where, last="evaluate")
+            run(config, where, last="evaluate", collected=folder / "run")
             done[tuple(dropped)] = json.loads((where / "evaluation.json").read_text())
         evaluation = done[tuple(dropped)]
         print(f"| {name} | {evaluation['pruned']['perplexity']:.2f} | {evaluation['retrained']['perplexity']:.2f} |")
