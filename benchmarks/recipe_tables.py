@@ -179,7 +179,7 @@ def change_text(metric: str, value: float, before: float) -> str:
 
 def percent(share: float, digits: int = 1) -> str:
     """A change as text."""
-    return f"{100 * share:+.{digits}f} %"
+    return f"{100 * share + 0:+.{digits}f} %"  # -0.0 becomes 0.0
 
 
 def millions(value: float) -> str:
