@@ -13,7 +13,6 @@ from typing import Any
 from mpruner_dist.config import CLUSTERED, Config, RoundsConfig
 from mpruner_dist.errors import Fruitless, UserError
 from mpruner_dist.planning.budget import protected_layers
-from mpruner_dist.planning.clusters import stage_starts
 from mpruner_dist.road import Road
 from mpruner_dist.runs.commit import write_json
 from mpruner_dist.runs.folder import RunFolder
@@ -36,7 +35,7 @@ class Base:
 def prune_in_rounds(road: Road, again: bool = False) -> None:
     """Walk round after round until one of the reasons to stop; then put the result into the run folder.
 
-    Stops where a plan removes nothing, the budget of layers is reached or would take the first layer of a stage, no
+    Stops where a plan removes nothing, the budget of layers is reached or would take the first layer of a stack, no
     stride is left, or after `max_rounds`.
 
     Args:
@@ -124,12 +123,11 @@ def _too_few(road: Road, depth: int) -> str:
     """Why a round could only remove layers that always stay; empty if it need not."""
     if (keep := road.config.plan.keep_layers) is None:
         return ""
-    stacks: dict[str, int] = json.loads((road.folder / "cka.json").read_text()).get("stacks") or {}
-    stay = len(protected_layers(depth, road.config.plan) | stage_starts(list(stacks.values())))
+    stay = len(protected_layers(road.stacks(), road.config.plan))
     if keep >= stay:
         return ""
     return (
-        f"{depth} layers are left, {stay} of which always stay, as the first of a stage does: a round would keep {keep}"
+        f"{depth} layers are left, {stay} of which always stay, as the first of a stack does: a round would keep {keep}"
     )
 
 

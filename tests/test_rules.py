@@ -42,6 +42,8 @@ OWNERS = {
     "pydantic": {"config", "config_file", "plan"},
     "yaml": {"config", "config_file", "exchange"},
     "lm_eval": {"evaluation"},
+    "rouge_score": {"evaluation"},
+    "sacrebleu": {"evaluation"},
     "typer": {"cli", "commands", "options", "submission"},
     "matplotlib": {"reporting"},
     "jinja2": {"reporting"},
@@ -53,7 +55,7 @@ OWNERS = {
 NO_TORCH = {
     "errors", "logs", "config", "config_file", "exchange", "plan", "runs", "checkpoints.folder", "checkpoints.header",
     "checkpoints.stored", "checkpoints.torch_files", "checkpoints.zero_files", "checkpoints.distcp",
-    "checkpoints.formats", "planning.budget", "planning.clusters",
+    "checkpoints.formats", "evaluation.extras", "planning.budget", "planning.clusters",
     "planning.greedy", "planning.losses", "planning.planner", "planning.proposals", "planning.ranking",
     "planning.search", "similarity.finalise", "similarity.sums", "similarity.stage",
     "rewriting.finished", "rewriting.layout", "retraining.freezing", "retraining.settings",
@@ -175,7 +177,7 @@ def test_nothing_names_a_registry_or_a_home() -> None:
             assert word not in text, path
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
 def test_every_configuration_is_valid(path: Path) -> None:
     from mpruner_dist.config_file import load_config
 

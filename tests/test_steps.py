@@ -132,7 +132,7 @@ def test_a_signal_during_a_task_is_heard_after_it(tmp_path: Path, monkeypatch: p
     models = {"original": tmp_path, "pruned": tmp_path}
     spec = {"config": config_for(tmp_path), "models": models, "results": tmp_path, "original": tmp_path}
     with pytest.raises(Preempted):
-        job.evaluate_job(worker, spec | {"blocks": tmp_path, "deepspeed": {}})
+        job.evaluate_job(worker, spec | {"blocks": tmp_path, "deepspeed": {}, "tasks": ()})
     assert (tmp_path / "original.json").exists()
     assert signals == ["SIGTERM"]
 
@@ -173,7 +173,7 @@ def test_only_a_plan_by_hand_may_keep_all_layers(tmp_path: Path) -> None:
         session = SimpleNamespace(run_tasks=lambda function, items, progress: run_here(function, items))
         return SimpleNamespace(
             config=config, source=tmp_path / "model", model_id="m", folder=tmp_path, session=session,
-            plan=lambda: Plan.keeping(3, [0, 1, 2]), kept=lambda plan: plan.kept,
+            plan=lambda: Plan.keeping(3, [0, 1, 2]),
         )  # fmt: skip
 
     with pytest.raises(UserError, match="the plan removes nothing"):

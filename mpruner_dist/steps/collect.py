@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from mpruner_dist.config import Config
-from mpruner_dist.planning.clusters import open_decisions, stage_starts
+from mpruner_dist.planning.clusters import open_decisions, stack_starts
 from mpruner_dist.road import Road, Step
 from mpruner_dist.runs.folder import Inputs
 
@@ -52,8 +52,8 @@ def collect(road: Road) -> Step:
 
 
 def _decisions(config: Config, stacks: dict[str, int] | None) -> Any:
-    """What must be settled: the comparisons that a plan by the threshold rests on, stage by stage as it makes them."""
-    starts = stage_starts(list((stacks or {}).values()))
+    """What must be settled: the comparisons that a plan by the threshold rests on, stack by stack as it makes them."""
+    starts = stack_starts(list((stacks or {}).values()))
     z = config.collect.settled_z
     return partial(open_decisions, threshold=config.plan.threshold, standard_errors=z, starts=starts)
 

@@ -22,7 +22,7 @@ def rewrite(road: Road) -> Step:
         rewrite_checkpoint(
             road.source,
             road.folder / "pruned",
-            road.kept(plan),
+            plan,
             trust_remote_code=road.config.model.trust_remote_code,
             run_tasks=partial(road.session.run_tasks, progress=road.folder / "logs/progress.json"),
         )
