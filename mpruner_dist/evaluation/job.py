@@ -55,8 +55,8 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
         if worker.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(worker.device)
         score = score_part(worker, engine, task, part, config.evaluate.batch_size, tell)
-        memory = gpu_memory(worker)
         ask = partial(ask_harness, worker, engine, folder, config)
+        memory = gpu_memory(worker)
         of_task: dict[str, Any] = {}
         if task.facts.of_generated:
             of_task = generated_quality(worker, engine, part, folder, config, tell)
@@ -85,6 +85,12 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
         stop_if_told()  # a signal may have come during the task
 
 
+def ask_harness(worker: Worker, engine: Any, folder: Path, config: Config, task: TaskConfig) -> dict[str, Any]:
+    """What a model makes of a task of the harness."""
+    worker.log(f"task {task.name}")
+    return run_task(engine, folder, task, config.evaluate.batch_size, config.model.trust_remote_code)
+
+
 def gpu_memory(worker: Worker) -> dict[str, int]:
     """Most bytes that tensors took on a worker's GPU since the peak was set back; all workers call it.
 
@@ -94,12 +100,6 @@ def gpu_memory(worker: Worker) -> dict[str, int]:
         return {}
     [least] = worker.least_over_workers(-torch.cuda.max_memory_allocated(worker.device))
     return {"gpu_bytes": -least}
-
-
-def ask_harness(worker: Worker, engine: Any, folder: Path, config: Config, task: TaskConfig) -> dict[str, Any]:
-    """What a model makes of a task of the harness."""
-    worker.log(f"task {task.name}")
-    return run_task(engine, folder, task, config.evaluate.batch_size, config.model.trust_remote_code)
 
 
 def write_evaluation(results: Path, labels: list[str], target: Path) -> None:

@@ -1,0 +1,1 @@
+"""What `prepare_recipes.py` makes: data out of packages, and models trained on it."""
