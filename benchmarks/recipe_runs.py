@@ -158,7 +158,8 @@ def caption(file: Path, asked: Config, measured: Measured) -> str:
         steps = ", ".join(f"{count} (seed {seed})" for seed, count in measured.steps.items()) or "none"
         text += (
             "Baselines are pruned at once and retrained for as many steps as the recipe's accepted rounds together, so "
-            f"on as many training samples; steps: {steps}. "
+            f"on as many training samples; steps: {steps}. The recipe's pruned model is that of its last accepted "
+            "round, which stands on what the rounds before retrained. "
         )
     if asked.retrain and asked.retrain.trainable != "all" and ORIGINAL in measured.found:
         text += f"{ORIGINAL} has no gaps beside which to train: all of it is. "

@@ -5,15 +5,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mpruner_dist.config.task import FACTS, TaskName
-from mpruner_dist.reporting.table import metric_name
+from mpruner_dist.config.task import FACTS, GENERATED, TaskName
+from mpruner_dist.reporting.table import metric_name, metrics_of
 
 RECIPE, ORIGINAL = "recipe", "original"
 LEAST_REMOVED = 0.50  # of the parameters in the blocks
 MOST_LOST = 1.0  # points of the metric
 CNN_LOST, CNN_REMOVED = 3.5, 0.47  # points and share of all parameters: ResNet152 at k = 1, threshold 0.99, below
 
-# network, run, metric, its value before and after in percent, blocks, millions of parameters. From the README of the
+# network, run, metric, its value of 100 before and after, blocks, millions of parameters. From the README of the
 # authors' code, github.com/Lunawood/MPruner, because the paper's own tables (arXiv 2408.13482) were not at hand, hence
 # no table numbers. Only runs that retrain the whole model; ResNets by the best of their three epochs.
 Published = tuple[str, str, str, tuple[float, float], tuple[int, int], tuple[float, float]]
@@ -40,11 +40,12 @@ PUBLISHED: dict[TaskName, list[Published]] = {
         (BERT, "threshold 0.98, twice", "accuracy", (92.0, 92.8), (12, 6), (109.487, 66.960)),
         ("BERT-base, Yahoo Answers", "threshold 0.98", "accuracy", (70.47, 71.0), (12, 9), (109.490, 88.226)),
     ],
-    "causal-lm": [
+    "sequence-to-sequence": [
         (T5, "threshold 0.99", "BLEU", (22.68, 21.20), (24, 14), (222.904, 135.589)),
         # it says 7 blocks of the encoder and 3 of the decoder, but its number of parameters is that of 8 and 3
         (T5, "threshold 0.99, at the end", "BLEU", (22.68, 20.09), (24, 11), (222.904, 109.630)),
     ],
+    "causal-lm": [],
 }  # fmt: skip
 
 
@@ -77,11 +78,11 @@ Found = dict[str, Outcomes]
 
 def result_table(found: Found, task: TaskName) -> str:
     """One row a variant, averaged over its seeds."""
-    facts, measures = FACTS[task], next(iter(found[RECIPE].values())).of("original")
-    metrics = [metric for metric in facts.metrics if metric in measures]
-    names = [metric_name(metric) + ("" if metric == "perplexity" else ", %") for metric in metrics]
+    rate, evaluation = f"{FACTS[task].unit}s_per_second", next(iter(found[RECIPE].values())).evaluation
+    metrics = metrics_of(evaluation)
+    names = [metric_name(metric) + ("" if metric in ("perplexity", *GENERATED) else ", %") for metric in metrics]
     headings = ["", "seeds", "blocks", "parameters, M", "in the blocks", "bytes, MB", *names, "loss", "speed"]
-    with_memory = "gpu_bytes" in measures
+    with_memory = "gpu_bytes" in evaluation["original"]
     headings += [*(["GPU memory, MB"] if with_memory else []), "seconds"]
     lines = [f"| {' | '.join(headings)} |", f"|---|{'--:|' * (len(headings) - 1)}"]
     for variant, outcomes in found.items():
@@ -96,7 +97,7 @@ def result_table(found: Found, task: TaskName) -> str:
             before_after(outcomes, "bytes", millions),
             *(quality(outcomes, metric, 1 if metric == "perplexity" else 100) for metric in metrics),
             quality(outcomes, "loss", 1, digits=4),
-            spread([outcome.ratio(f"{facts.unit}s_per_second") for outcome in outcomes.values()]),
+            spread([outcome.ratio(rate) for outcome in outcomes.values()]),
             *([before_after(outcomes, "gpu_bytes", millions)] if with_memory else []),
             seconds(outcomes),
         ]
@@ -106,7 +107,10 @@ def result_table(found: Found, task: TaskName) -> str:
 
 def published_table(task: TaskName) -> str:
     """What is published of the nearest network."""
-    lines = ["| network | run | blocks | parameters, M | metric, % | change |", "|---|---|--:|--:|--:|--:|"]
+    if not PUBLISHED[task]:
+        return f"Nothing is published of a network for {task}."
+    lines = ["Published of the nearest network: other data and another size, one run each, without baselines.", ""]
+    lines += ["| network | run | blocks | parameters, M | metric, of 100 | change |", "|---|---|--:|--:|--:|--:|"]
     for network, run, metric, (before, after), blocks, (large, small) in PUBLISHED[task]:
         sizes = f"{blocks[0]} → {blocks[1]} | {large:.3f} → {small:.3f} ({percent(small / large - 1)})"
         change = f"{metric} {before:.2f} → {after:.2f} | {after - before:+.2f} points"
@@ -179,7 +183,7 @@ def change_text(metric: str, value: float, before: float) -> str:
 
 def percent(share: float, digits: int = 1) -> str:
     """A change as text."""
-    return f"{100 * share:+.{digits}f} %"
+    return f"{100 * share + 0:+.{digits}f} %"  # -0.0 becomes 0.0
 
 
 def millions(value: float) -> str:

@@ -39,10 +39,7 @@ def main() -> None:
     print(f"{caption(arguments.config, asked, measured)}\n\n{result_table(measured.found, task)}\n")
     for note in measured.notes:
         print(f"- {note}")
-    print(
-        "\nPublished of the nearest network: other data and another size, one run each, without baselines.\n\n"
-        f"{published_table(task)}\n"
-    )
+    print(f"\n{published_table(task)}\n")
     # of vision models, those with batch normalisation
     is_cnn = any(name.endswith(".running_mean") for name in original(asked).tensors)
     print(verdict(measured.found, task, is_cnn))

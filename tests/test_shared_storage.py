@@ -25,7 +25,7 @@ def the_first_worker_decides(folder: Path) -> None:
     content = {"model": {"path": str(folder)}, "data": {"calibration": text, "test": text | {"path": "other.txt"}}}
     spec = {
         "config": Config.model_validate(content), "models": {"original": folder, "pruned": folder}, "original": folder,
-        "blocks": folder / "test.safetensors", "results": folder / f"results{rank}", "deepspeed": {},
+        "blocks": folder / "test.safetensors", "results": folder / f"results{rank}", "deepspeed": {}, "tasks": (),
     }  # fmt: skip
     evaluate_job(worker, spec)
 
