@@ -18,19 +18,19 @@ from mpruner_dist.data.parts import Part
 from mpruner_dist.data.prepare import make_part
 from mpruner_dist.data.readers import make_reader
 from mpruner_dist.errors import UserError
-from mpruner_dist.evaluation.tasks import require_harness
+from mpruner_dist.evaluation.extras import require_extras
 from mpruner_dist.logs import show_progress
 from mpruner_dist.models.loading import quiet_transformers, read_config
 from mpruner_dist.models.naming import layer_names
 from mpruner_dist.plan import read_plan
 from mpruner_dist.planning.budget import Budget
-from mpruner_dist.planning.clusters import stage_starts
 from mpruner_dist.planning.greedy import greedy_passes
 from mpruner_dist.retraining.matching import require_fitting_teacher
 from mpruner_dist.retraining.metrics import require_loggers
 from mpruner_dist.retraining.settings import hidden_size, training_settings
 from mpruner_dist.retraining.targets import require_targets
 from mpruner_dist.rounds import Base, round_config
+from mpruner_dist.similarity.collect import require_samples
 from mpruner_dist.tasks import task_of
 
 Rows = list[tuple[str, str]]
@@ -52,8 +52,9 @@ def describe(config: Config) -> Rows:
     stacks = layer_names(checkpoint.tensors, model_config, config.model.trust_remote_code)
     layers = [layer for of_stack in stacks.values() for layer in of_stack]
     depth, sizes = len(layers), layer_parameters(checkpoint, layers)
-    fixed = stage_starts([len(of_stack) for of_stack in stacks.values()] if len(stacks) > 1 else [])
+    depths = [len(of_stack) for of_stack in stacks.values()]
     require_targets(config.retrain, model_config, config.model.trust_remote_code)
+    require_extras(config)
     reader, reads = make_reader(config, source), FACTS[config.model.task].reads
     with TemporaryDirectory() as folder:
         progress = Path(folder) / "progress.json"
@@ -61,6 +62,7 @@ def describe(config: Config) -> Rows:
             parts = {
                 part: make_part(config, part, text, reader, progress)[0] for part, text in config.data.parts().items()
             }
+    require_samples(parts["calibration"], config.collect)
     given = read_deepspeed_config(config.cluster.deepspeed)
     chosen = given.get("zero_optimization", {}).get("stage", config.cluster.zero_stage)
     # the workers choose by their own memory; what a replica would take is the most that it can be
@@ -85,7 +87,7 @@ def describe(config: Config) -> Rows:
         ),
         ("workers", f"{_workers(config)}, device {config.cluster.device}, ZeRO stage {stage}"),
         ("collection", _collection(config, checkpoint, inference, depth)),
-        *_planning(round_one, checkpoint, sizes, fixed, parts),
+        *_planning(round_one, checkpoint, sizes, depths, parts),
         *_retraining(round_one, source, checkpoint, layers, sizes, parts.get("train")),
         *_rounds(config),
         ("evaluation", _evaluation(config, checkpoint, inference, model_config, parts["test"])),
@@ -120,13 +122,13 @@ def _collection(config: Config, checkpoint: CheckpointFolder, settings: Settings
 
 
 def _planning(
-    config: Config, checkpoint: CheckpointFolder, sizes: list[int], fixed: set[int], parts: dict[str, Part]
+    config: Config, checkpoint: CheckpointFolder, sizes: list[int], depths: list[int], parts: dict[str, Part]
 ) -> Rows:
     """What a plan that is judged by its loss takes; nothing for others, which are instant."""
     plan = config.plan
     if plan.method == "file" or (plan.keep_layers is None and plan.target_parameters is None):
         return []
-    budget = Budget(plan, len(sizes), sizes, checkpoint.num_parameters - sum(sizes), fixed)
+    budget = Budget(plan, depths, sizes, checkpoint.num_parameters - sum(sizes))
     remove = budget.least()
     if plan.method not in JUDGED:
         return [("plan", f"{plan.method}: {remove} layers go")]
@@ -139,7 +141,8 @@ def _planning(
 
 def _evaluation(config: Config, checkpoint: CheckpointFolder, settings: Settings, model_config: Any, test: Part) -> str:
     # the logits of a class are a few numbers
-    words = config.data.block_size * model_config.vocab_size if config.model.task == "causal-lm" else 0
+    said = (config.data.target_size or config.data.block_size) if FACTS[config.model.task].unit == "token" else 0
+    words = said * model_config.vocab_size if said else 0
     memory = _weights(config, checkpoint, settings) + config.evaluate.batch_size * words * 8
     models, task = 2 if config.retrain is None else 3, task_of(config.model)
     return f"{models} models on {task.size(test):,} {task.facts.unit}s, {_bytes(memory)} a worker"
@@ -192,8 +195,6 @@ def _rounds(config: Config) -> Rows:
     if rounds is None:
         return []
     judged = f"the task {rounds.task.name}" if rounds.task else f"{rounds.metric} on the validation part"
-    if rounds.task:
-        require_harness()
     return [
         (
             "rounds",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mpruner_dist.config import Config
 from mpruner_dist.errors import UserError
+from mpruner_dist.evaluation.extras import require_extras
 from mpruner_dist.road import Road
 from mpruner_dist.rounds import prune_in_rounds
 from mpruner_dist.runs.folder import Inputs, RunFolder, open_run
@@ -51,6 +52,7 @@ def run(
         )
     if last not in (stages := stages_of(config)):
         raise UserError(f"there is no stage {last!r} to stop after; this run has {', '.join(stages)}")
+    require_extras(config)
     with open_run(run_dir, config.to_yaml()) as folder:
         require_same_road(config, folder)
         with Road(config, folder) as road:

@@ -65,7 +65,9 @@ def _validated(cls: Any, content: Any, where: str) -> Any:
 
 
 Keep = list[int] | dict[str, list[int]] | Plan
-"""Layers that stay: of a model's only stack or its language model's; of several stacks by name; or by a plan."""
+"""Layers that stay: of a model's only stack or its language model's; of several stacks by name; or by a plan.
+
+A plan counts the layers of an encoder and its decoder, or of all stages of a vision model, one after another."""
 
 
 def read_plan(path: Path, num_layers: int | None = None) -> Plan:

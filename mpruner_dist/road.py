@@ -10,7 +10,7 @@ from mpruner_dist.checkpoints.source import resolve_source
 from mpruner_dist.cluster.address import cluster_address
 from mpruner_dist.cluster.settings import read_deepspeed_config
 from mpruner_dist.config import Config
-from mpruner_dist.plan import Keep, Plan, read_plan
+from mpruner_dist.plan import Plan, read_plan
 from mpruner_dist.runs.digest import digest
 from mpruner_dist.runs.folder import Inputs, RunFolder
 
@@ -83,19 +83,12 @@ class Road:
 
     def plan(self) -> Plan:
         """The plan that the stage of this name made."""
-        depth = len(json.loads((self.folder / "cka.json").read_text())["layers"])
-        return read_plan(self.folder / "plan.json", depth)
+        return read_plan(self.folder / "plan.json", sum(self.stacks()))
 
-    def kept(self, plan: Plan) -> Keep:
-        """What a plan keeps, as rewriting takes it: of a model of several stacks, by their names."""
-        stacks: dict[str, int] | None = json.loads((self.folder / "cka.json").read_text()).get("stacks")
-        if stacks is None:
-            return plan.kept
-        kept, first = {}, 0
-        for name, depth in stacks.items():
-            kept[name] = [layer - first for layer in plan.kept if first <= layer < first + depth]
-            first += depth
-        return kept
+    def stacks(self) -> list[int]:
+        """How many of the layers are in each stack, once similarities are collected."""
+        similarity = json.loads((self.folder / "cka.json").read_text())
+        return list((similarity["stacks"] or {"": len(similarity["layers"])}).values())
 
     def blocks(self, part: str) -> Path:
         """The token blocks of a part of the text."""

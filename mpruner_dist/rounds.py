@@ -13,7 +13,6 @@ from typing import Any
 from mpruner_dist.config import CLUSTERED, Config, RoundsConfig
 from mpruner_dist.errors import Fruitless, UserError
 from mpruner_dist.planning.budget import protected_layers
-from mpruner_dist.planning.clusters import stage_starts
 from mpruner_dist.road import Road
 from mpruner_dist.runs.commit import write_json
 from mpruner_dist.runs.folder import RunFolder
@@ -36,7 +35,7 @@ class Base:
 def prune_in_rounds(road: Road, again: bool = False) -> None:
     """Walk round after round until one of the reasons to stop; then put the result into the run folder.
 
-    Stops where a plan removes nothing, the budget of layers is reached or would take the first layer of a stage, no
+    Stops where a plan removes nothing, the budget of layers is reached or would take the first layer of a stack, no
     stride is left, or after `max_rounds`.
 
     Args:
@@ -121,15 +120,15 @@ def _begin_round(road: Road, number: int, base: Base, stride: int, folders: dict
 
 
 def _too_few(road: Road, depth: int) -> str:
-    """Why a round could only remove layers that always stay; empty if it need not."""
+    """Why a round would have to remove layers that always stay; empty if it need not."""
     if (keep := road.config.plan.keep_layers) is None:
         return ""
-    stacks: dict[str, int] = json.loads((road.folder / "cka.json").read_text()).get("stacks") or {}
-    stay = len(protected_layers(depth, road.config.plan) | stage_starts(list(stacks.values())))
+    stay = len(protected_layers(road.stacks(), road.config.plan))
     if keep >= stay:
         return ""
     return (
-        f"{depth} layers are left, {stay} of which always stay, as the first of a stage does: a round would keep {keep}"
+        f"{depth} layers are left, {stay} of which always stay, by plan.protect_first, plan.protect_last or as the "
+        f"first of a stack: a round would keep {keep}"
     )
 
 
@@ -175,9 +174,15 @@ def _require_measure(config: RoundsConfig, original: dict[str, Any]) -> None:
     """Refuse what no share can be taken of.
 
     Raises:
-        UserError: the original's value is not above 0 where the tolerance is a share of it.
+        UserError: the original's value is not above 0 where the tolerance is a share of it, or not above the tolerance.
     """
-    if config.task and less_is_better(config, original) and original["task"] <= 0:
+    value, share = original[config.metric], less_is_better(config, original)
+    if not share and value <= config.tolerance:
+        raise UserError(
+            f"{config.metric} of the original is {value:.4g}, and rounds.tolerance {config.tolerance:g} would let all "
+            "of it be lost: lower the tolerance, or choose another rounds.metric"
+        )
+    if config.task and share and value <= 0:
         raise UserError(
             f"{original['task_metric']} of the task {config.task.name} is {original['task']:g} for the original, and "
             f"rounds.tolerance {config.tolerance:g} is a share of it, as of every metric of which less is better: "

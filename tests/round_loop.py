@@ -45,7 +45,12 @@ class Loop:
         def read() -> Plan:
             return read_plan(folder / "plan.json")
 
-        return SimpleNamespace(config=config, folder=folder, run=run, plan=read, result=folder / "retrained")
+        def stacks() -> list[int]:
+            return list(self.stacks.values()) if self.stacks else [len(self.layers(config.model.path))]
+
+        return SimpleNamespace(
+            config=config, folder=folder, run=run, plan=read, result=folder / "retrained", stacks=stacks
+        )
 
     def step(self, name: str) -> Any:
         def step(road: Any) -> Any:
@@ -62,7 +67,7 @@ class Loop:
             dropped = self.plan(len(depth), road.config.plan)
             return Plan.keeping(len(depth), [at for at in range(len(depth)) if at not in dropped]).model_dump()
         if name == "collect":
-            write_json(road.folder / "cka.json", {"stacks": self.stacks})
+            write_json(road.folder / "cka.json", {})
         if name == "gate":
             entry = json.loads((road.folder / "plan.json").read_text())
             layers = self.layers(road.config.model.path)

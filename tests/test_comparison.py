@@ -97,6 +97,6 @@ def test_nothing_is_judged_and_held_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("depths", [[0, 1], [2, 7]])
 def test_depths_that_cannot_be(tmp_path: Path, depths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpruner_dist.steps.compare.measured", lambda *_: {"cka": [[]] * 8})
+    monkeypatch.setattr("mpruner_dist.steps.compare.measured", lambda *_: {"cka": [[]] * 8, "stacks": [8]})
     with pytest.raises(UserError, match=rf"--depths {depths[0]},{depths[1]}: from 1 to 6 of 8 layers can go"):
         compare(road(tmp_path, 9), depths)

@@ -260,7 +260,7 @@ def test_a_full_configuration_says_something_of_every_field(tmp_path: Path) -> N
     plain = load(tmp_path, minimal())
     config = load(tmp_path, full())
     for section in ("model", "collect", "evaluate", "cluster"):
-        for name in type(getattr(plain, section)).model_fields:
+        for name in type(getattr(plain, section)).model_fields.keys() - {"tasks"}:  # of causal-lm alone
             assert getattr(getattr(config, section), name) != getattr(getattr(plain, section), name), name
 
 

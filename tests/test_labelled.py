@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpruner_dist.config import CollectConfig, Config, SourceConfig
-from mpruner_dist.data.labelled import LabelledTexts, label_names
+from mpruner_dist.data.labelled import LabelledTexts, label_names, numbered_alike
 from mpruner_dist.data.parts import load_part, save_part
 from mpruner_dist.data.prepare import prepare_data
 from mpruner_dist.data.readers import make_reader
@@ -59,6 +59,18 @@ def test_names_of_a_saved_set_count_where_the_model_has_names(tmp_path: Path) ->
     assert read(source, MOODS) == EXPECTED
     unnamed = read(source, ["LABEL_0", "LABEL_1", "LABEL_2"])
     assert [label for _, label in unnamed] == [other.index(record["mood"]) for record in RECORDS]
+
+
+def test_numbers_count_where_all_but_a_few_names_are_the_models(tmp_path: Path) -> None:
+    """As of ImageNet: models have two classes called crane, of which `datasets` calls the second crane2."""
+    model, saved = ["tench", "crane", "crate", "crane", "crib"], ["tench", "crane", "crate", "crane2", "crib"]
+    features = datasets.Features({"text": datasets.Value("string"), "mood": datasets.ClassLabel(names=saved)})
+    records = [{"text": name, "mood": name} for name in saved]
+    datasets.Dataset.from_list(records, features=features).save_to_disk(tmp_path / "saved")
+    source = SourceConfig(path=str(tmp_path / "saved"), label_field="mood")
+    assert read(source, model) == [(name, number) for number, name in enumerate(saved)]
+    for other in (["sad", "happy"], ["a", "b", "c", "e", "d"], ["a", "b", "c"]):  # too few, elsewhere, fewer
+        assert not numbered_alike(other, ["sad", "glad"] if len(other) == 2 else ["a", "b", "c", "d", "e"])
 
 
 def test_a_picture_beside_texts_is_no_matter(tmp_path: Path) -> None:
@@ -192,10 +204,10 @@ def test_batches_of_other_lengths_in_one_forward_pass_give_the_same_samples() ->
     part = LabelledTexts(ids, lengths, np.zeros(8, np.int32))
     for unit, count in (("token", 7), ("sequence", 4)):
         config = CollectConfig(unit=unit, batch_size=4, samples=count, skip_tokens=1)
-        group, together = grouped(part, [0, 1], config)
+        group, (together,) = grouped(part, [0, 1], config)
         hidden = torch.from_numpy(group.ids)[:, :, None].float()
         for batch, samples, of_batch in zip((0, 1), together, hidden.split(4), strict=True):
-            alone, (expected,) = grouped(part, [batch], config)
+            alone, ((expected,),) = grouped(part, [batch], config)
             taken = expected.take(torch.from_numpy(alone.ids)[:, :, None].float())
             assert torch.equal(samples.take(of_batch), taken)
             assert torch.equal(samples.groups_N, expected.groups_N)

@@ -157,7 +157,7 @@ def every_stage_trains_the_same(folder: Path, nvme: bool) -> None:
 
 
 def what_is_frozen_stays(folder: Path) -> None:
-    layers = beside_gaps(KEPT, DEPTH)
+    layers = beside_gaps(KEPT, [DEPTH])
     assert layers == [1, 2]
     names = load_file(folder / "pruned/model.safetensors")
     beside = {name for name in names if name.startswith(("model.layers.1.", "model.layers.2."))}
@@ -249,13 +249,15 @@ def test_frozen_layers_adapters_and_cached_teachers(models: Path) -> None:
 
 
 def test_the_layers_beside_gaps() -> None:
-    assert beside_gaps([0, 1, 4, 5], 6) == [1, 2]
-    assert beside_gaps([0, 2, 4], 5) == [0, 1, 2]
-    assert beside_gaps([0, 1, 2, 5, 6, 8], 9) == [2, 3, 4, 5]
-    assert beside_gaps([2, 3, 4], 5) == [0]
-    assert beside_gaps([0, 1, 2], 5) == [2]
+    assert beside_gaps([0, 1, 4, 5], [6]) == [1, 2]
+    assert beside_gaps([0, 2, 4], [5]) == [0, 1, 2]
+    assert beside_gaps([0, 1, 2, 5, 6, 8], [9]) == [2, 3, 4, 5]
+    assert beside_gaps([2, 3, 4], [5]) == [0]
+    assert beside_gaps([0, 1, 5, 6, 7, 8], [5, 4]) == [1]  # the next is of another stack
+    assert beside_gaps([0, 1, 2, 3, 5, 6], [3, 4]) == [3, 4]
+    assert beside_gaps([0, 1, 2], [5]) == [2]
     with pytest.raises(UserError, match=r"set retrain\.trainable all"):
-        beside_gaps([0, 1, 2], 3)
+        beside_gaps([0, 1, 2], [3])
 
 
 def a_warm_up_of_all_steps_is_to_blame(folder: Path) -> None:

@@ -201,8 +201,8 @@ def test_a_budget_that_no_round_can_reach_is_refused(loop: Any, keep: int) -> No
 
 
 def test_rounds_end_before_the_first_layer_of_a_stage_goes(loop: Any) -> None:
-    made = loop(tolerance=10.0, plan={"method": "partition", "keep_layers": 3}, remove=4)
-    made.stacks = {"one": 2, "two": 1, "three": 2, "four": 3}
+    made = loop(tolerance=10.0, plan={"method": "partition", "keep_layers": 3, "protect_last": 0}, remove=4)
+    made.stacks = {"one": 2, "two": 1, "three": 2, "four": 2, "five": 1}
     made.plan = lambda depth, plan: list(range(1, 1 + depth - plan.keep_layers))
     record = made.run()
     assert [len(entry["kept"]) for entry in record["rounds"]] == [8]

@@ -42,6 +42,8 @@ OWNERS = {
     "pydantic": {"config", "config_file", "plan"},
     "yaml": {"config", "config_file", "exchange"},
     "lm_eval": {"evaluation"},
+    "rouge_score": {"evaluation"},
+    "sacrebleu": {"evaluation"},
     "typer": {"cli", "commands", "options", "submission"},
     "matplotlib": {"reporting"},
     "jinja2": {"reporting"},
@@ -53,7 +55,7 @@ OWNERS = {
 NO_TORCH = {
     "errors", "logs", "config", "config_file", "exchange", "plan", "runs", "checkpoints.folder", "checkpoints.header",
     "checkpoints.stored", "checkpoints.torch_files", "checkpoints.zero_files", "checkpoints.distcp",
-    "checkpoints.formats", "planning.budget", "planning.clusters",
+    "checkpoints.formats", "evaluation.extras", "planning.budget", "planning.clusters",
     "planning.greedy", "planning.losses", "planning.planner", "planning.proposals", "planning.ranking",
     "planning.search", "similarity.finalise", "similarity.sums", "similarity.stage",
     "rewriting.finished", "rewriting.layout", "retraining.freezing", "retraining.settings",
@@ -169,13 +171,14 @@ def test_commands_are_the_documented_ones() -> None:
 
 
 def test_nothing_names_a_registry_or_a_home() -> None:
-    for path in [*MODULES, *ROOT.glob("launch/*"), *ROOT.glob("configs/**/*.*"), ROOT / "README.md"]:
+    launch = [path for path in ROOT.glob("launch/**/*") if path.suffix in (".py", ".sh", ".yaml", ".txt")]
+    for path in [*MODULES, *launch, *ROOT.glob("configs/**/*.*"), ROOT / "README.md"]:
         text = path.read_text()
         for word in ("pypi" + ".org", "/ro" + "ot/", "registry" + ".npmjs"):
             assert word not in text, path
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
 def test_every_configuration_is_valid(path: Path) -> None:
     from mpruner_dist.config_file import load_config
 

@@ -127,14 +127,23 @@ def test_a_signal_during_a_task_is_heard_after_it(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(job, "run_task", run_task)
     nothing = dict.fromkeys(("barrier", "begin_progress", "log", "tell"), lambda *_: None)
     nothing["select_on_first"] = lambda items, is_wanted: list(filter(is_wanted, items))
-    nothing |= {"is_first": True, "world_size": 1, "device": None}
+    nothing |= {"is_first": True, "world_size": 1, "device": torch.device("cpu")}
     worker: Any = SimpleNamespace(must_stop=lambda: bool(signals), stop=stop, **nothing)
     models = {"original": tmp_path, "pruned": tmp_path}
     spec = {"config": config_for(tmp_path), "models": models, "results": tmp_path, "original": tmp_path}
     with pytest.raises(Preempted):
-        job.evaluate_job(worker, spec | {"blocks": tmp_path, "deepspeed": {}})
+        job.evaluate_job(worker, spec | {"blocks": tmp_path, "deepspeed": {}, "tasks": ()})
     assert (tmp_path / "original.json").exists()
     assert signals == ["SIGTERM"]
+
+
+def test_the_peak_of_memory_is_that_of_the_worker_with_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5_000)
+    others = {"least_over_workers": lambda mine: [min(mine, -7_000)]}  # another worker's is 7,000
+    worker: Any = SimpleNamespace(device=torch.device("cuda", 1), **others)
+    assert job.gpu_memory(worker) == {"gpu_bytes": 7_000}
+    worker.device = torch.device("cpu")
+    assert job.gpu_memory(worker) == {}
 
 
 def test_other_text_for_rounds_is_refused_with_a_command_that_rounds_take(
@@ -164,11 +173,13 @@ def test_only_a_plan_by_hand_may_keep_all_layers(tmp_path: Path) -> None:
         session = SimpleNamespace(run_tasks=lambda function, items, progress: run_here(function, items))
         return SimpleNamespace(
             config=config, source=tmp_path / "model", model_id="m", folder=tmp_path, session=session,
-            plan=lambda: Plan.keeping(3, [0, 1, 2]), kept=lambda plan: plan.kept,
+            plan=lambda: Plan.keeping(3, [0, 1, 2]), stacks=lambda: [3],
         )  # fmt: skip
 
     with pytest.raises(UserError, match="the plan removes nothing"):
         rewrite(made_by({"threshold": 0.99}))[2]()
+    with pytest.raises(UserError, match=r"all of them always stay.*lower plan\.protect_first or plan\.protect_last"):
+        rewrite(made_by({"threshold": 0.99, "protect_first": 2}))[2]()
     rewrite(made_by({"method": "file", "file": "all.json"}))[2]()
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "pruned"))
     assert before.keys() == after.keys()

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 from conftest import make_idle_layers, write_config
 
-from mpruner_dist.config import TaskConfig
+from mpruner_dist.config import Config, TaskConfig
 from mpruner_dist.errors import UserError
+from mpruner_dist.evaluation.extras import require_extras
 from mpruner_dist.evaluation.tasks import read_value
+from mpruner_dist.pipeline import run
 from mpruner_dist.rewriting.proof import verify_checkpoint
 
 
@@ -25,7 +27,7 @@ def test_values_of_a_task() -> None:
     }  # fmt: skip
     other = task.model_copy(update={"metric": "bits"})
     assert read_value(harness_results(acc=0.5, bits=2.0), other)["task_less_is_better"] is True
-    with pytest.raises(UserError, match=r"no metric 'f1': set rounds.task.metric to one of acc, bits"):
+    with pytest.raises(UserError, match=r"no metric 'f1': set its metric to one of acc, bits"):
         read_value(harness_results(acc=0.5, bits=2.0), task.model_copy(update={"metric": "f1"}))
 
 
@@ -37,7 +39,7 @@ def test_a_metric_behind_several_filters_must_be_named_with_one() -> None:
     assert (strict["task"], strict["task_metric"]) == (0.25, "exact_match,strict-match")
     assert read_value(found, TaskConfig(name="quiz", metric="exact_match,flexible-extract"))["task"] == 0.5
     assert read_value(found, TaskConfig(name="quiz", metric="bits,none"))["task_less_is_better"] is True
-    names = 'set rounds.task.metric to one of bits, "exact_match,strict-match", "exact_match,flexible-extract"$'
+    names = 'set its metric to one of bits, "exact_match,strict-match", "exact_match,flexible-extract"$'
     with pytest.raises(UserError, match=f"the task quiz reports exact_match behind several filters: {names}"):
         read_value(found, TaskConfig(name="quiz", metric="exact_match"))
     with pytest.raises(UserError, match=f"has no metric 'exact_match,loose': {names}"):
@@ -45,6 +47,33 @@ def test_a_metric_behind_several_filters_must_be_named_with_one() -> None:
     found["results"]["quiz"].pop("bits,none")
     with pytest.raises(UserError, match="reports exact_match behind several filters"):
         read_value(found, TaskConfig(name="quiz"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"task": "sequence-to-sequence"}}, r"bleu, chrf, rouge_l, needs the extra generation: pip install"),
+        (
+            {"evaluate": {"tasks": [{"name": "quiz"}]}},
+            r"evaluate\.tasks needs the extra eval: pip install",
+        ),
+        (
+            {"rounds": {"tolerance": 0.1, "metric": "task", "task": {"name": "quiz"}, "remove": 1}},
+            r"rounds\.metric task needs the extra eval",
+        ),
+    ],
+)
+def test_packages_that_are_missing_are_named_before_anything_begins(
+    changes: dict[str, Any], message: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for section, change in changes.items():
+        settings[section] = settings.get(section, {}) | change
+    config = Config.model_validate(settings)
+    require_extras(config)
+    monkeypatch.setattr("mpruner_dist.evaluation.extras.find_spec", lambda _: None)
+    with pytest.raises(UserError, match=message):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.ray
@@ -60,6 +89,7 @@ def test_a_whole_loop(settings: dict[str, Any], mpruner: Any, tmp_path: Path) ->
     settings["retrain"] |= {"steps": 4, "eval_every": 2}  # DeepSpeed warms up from a rate of 0
     task = {"name": "quiz", "metric": "acc", "folder": str(tmp_path / "tasks")}
     settings["rounds"] = {"tolerance": 0.5, "metric": "task", "task": task}
+    settings["evaluate"]["tasks"] = [task | {"limit": 4}]
     config = write_config(tmp_path / "config.yaml", settings)
     run = tmp_path / "run"
     code, output = mpruner("run", config, "--run-dir", run)
@@ -75,6 +105,13 @@ def test_a_whole_loop(settings: dict[str, Any], mpruner: Any, tmp_path: Path) ->
     verify_checkpoint(run / "retrained")
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert list(evaluation) == ["original", "pruned", "retrained"]
+    for entry in evaluation.values():
+        assert entry["tasks"]["quiz"]["task"] in (0, 0.25, 0.5, 0.75, 1)  # of four questions
+        assert entry["task"] * 6 == pytest.approx(round(entry["task"] * 6))  # of all six
+    assert "quiz (acc)" in output
+    assert "quiz (acc)" in (run / "report.html").read_text()
+    baseline = json.loads((run / "baseline.json").read_text())
+    assert "tasks" not in baseline["original"]
     assert "a loss of at most 0.5 is tolerated" in (run / "report.html").read_text()
     assert "## Rounds" in (run / "retrained/README.md").read_text()
     code, output = mpruner("run", config, "--run-dir", run)

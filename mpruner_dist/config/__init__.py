@@ -2,10 +2,11 @@
 
 from mpruner_dist.config.collect import CollectConfig
 from mpruner_dist.config.data import DataConfig, ModelConfig, SourceConfig
+from mpruner_dist.config.evaluate import EvaluateConfig, TaskConfig
 from mpruner_dist.config.plan import CLUSTERED, PlanConfig
 from mpruner_dist.config.retrain import DistillationConfig, LoraConfig, RetrainConfig
-from mpruner_dist.config.rounds import RoundsConfig, TaskConfig
-from mpruner_dist.config.run import ClusterConfig, Config, Device, EvaluateConfig
+from mpruner_dist.config.rounds import RoundsConfig
+from mpruner_dist.config.run import ClusterConfig, Config, Device
 
 __all__ = [
     "CLUSTERED",

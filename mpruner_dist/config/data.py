@@ -4,7 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from mpruner_dist.config.base import Dtype, Section
+from mpruner_dist.config.base import Dtype, Positive, Section
 from mpruner_dist.config.task import TaskName
 
 
@@ -34,6 +34,8 @@ class SourceConfig(Section):
     text_field: str = "text"
     label_field: str = "label"
     """Of classification: the class of a record, by the name or the number that it has in the model's config.json."""
+    target_field: str = "target"
+    """Of sequence-to-sequence: what should be said of the text."""
     image_field: str = "image"
     take: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
     """Share of the records, in their order: [0.2, 0.8] takes those from 20 % to 80 %."""
@@ -57,7 +59,10 @@ class DataConfig(Section):
     """The four parts of the text. They must not overlap: what is fitted to must not be tested on."""
 
     block_size: Annotated[int, Field(ge=8)] = 512
-    """Tokens in a sequence; of text-classification, at most so many, and longer texts are cut."""
+    """Tokens in a sequence; of text-classification and sequence-to-sequence, at most so many, and longer texts are
+    cut."""
+    target_size: Positive | None = None
+    """Of sequence-to-sequence: at most so many tokens of a target; without it, block_size."""
     pack: bool = True
     """Of causal-lm: true joins records into full blocks; false gives each record a block of its own, padded."""
     calibration: SourceConfig

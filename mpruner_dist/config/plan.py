@@ -40,6 +40,8 @@ class PlanConfig(Section):
     """The budget: as few layers go as leave at most so many parameters."""
     protect_first: NonNegative = 1
     protect_last: NonNegative = 1
+    """So many of the first and last layers of each stack stay. Of several stacks, such as an encoder and a decoder or
+    the stages of a CNN, the first layer of each stays in any case."""
     preserve_pattern: bool = False
     """Only plans after which serving engines that know a layer's kind by its number are right; see mpruner verify."""
     seed: int = 0

@@ -1,27 +1,11 @@
 """The section `rounds`."""
 
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mpruner_dist.config.base import NonNegative, Positive, Section
-
-
-class TaskConfig(Section):
-    """A task of the lm-evaluation-harness, an optional extra."""
-
-    name: str
-    """As the harness knows it, such as arc_easy."""
-    metric: str | None = None
-    """Such as acc_norm, or with one of the task's filters exact_match,strict-match; without it, the first that the task
-    reports."""
-    folder: Path | None = None
-    """A folder with task files of your own."""
-    fewshot: NonNegative | None = None
-    """Examples in the prompt; without it, the task's own number."""
-    limit: Positive | None = None
-    """Take only the first so many questions."""
+from mpruner_dist.config.base import Positive, Section
+from mpruner_dist.config.evaluate import TaskConfig
 
 
 class RoundsConfig(Section):
@@ -30,7 +14,7 @@ class RoundsConfig(Section):
     tolerance: Annotated[float, Field(gt=0)]
     """How much worse than the original the metric may be: of perplexity a share of it, 0.1 is a tenth more; of the
     others the difference, 0.02 is two points."""
-    metric: Literal["perplexity", "accuracy", "macro_f1", "task"] = "perplexity"
+    metric: Literal["perplexity", "accuracy", "macro_f1", "bleu", "chrf", "rouge_l", "task"] = "perplexity"
     """What the validation part is measured by, as far as model.task has it; or a task of the harness."""
     task: TaskConfig | None = None
     remove: Positive | None = None

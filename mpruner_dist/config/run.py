@@ -9,20 +9,13 @@ from pydantic import model_validator
 from mpruner_dist.config.base import NonNegative, Positive, Section
 from mpruner_dist.config.collect import CollectConfig
 from mpruner_dist.config.data import DataConfig, ModelConfig
+from mpruner_dist.config.evaluate import EvaluateConfig
 from mpruner_dist.config.plan import CLUSTERED, JUDGED, PlanConfig
 from mpruner_dist.config.retrain import RetrainConfig
 from mpruner_dist.config.rounds import RoundsConfig
 from mpruner_dist.config.task import FACTS, UNITS
 
 Device = Literal["auto", "cpu", "cuda"]
-
-
-class EvaluateConfig(Section):
-    """How quality and speed are measured on the test part."""
-
-    batch_size: Positive = 4
-    max_blocks: Positive | None = None
-    """At most so many sequences of the test part, and of the validation part (or plan.judge_blocks, if more)."""
 
 
 class ClusterConfig(Section):
@@ -125,9 +118,20 @@ class Config(Section):
         by_harness = self.rounds is not None and self.rounds.metric == "task" and task == "causal-lm"
         if self.rounds is not None and self.rounds.metric not in metrics and not by_harness:
             raise ValueError(f"rounds.metric {self.rounds.metric} is none of model.task {task}: {', '.join(metrics)}")
-        words = self.retrain and self.retrain.distillation and self.retrain.distillation.top_k
-        if words and task != "causal-lm":
+        if self.evaluate.tasks and task != "causal-lm":
+            raise ValueError(f"evaluate.tasks asks for the next words, and model.task is {task}: leave it out")
+        if self.data.target_size is not None and task != "sequence-to-sequence":
+            raise ValueError(f"data.target_size is of model.task sequence-to-sequence, not {task}: leave it out")
+        distillation = self.retrain and self.retrain.distillation
+        if distillation and distillation.top_k and FACTS[task].unit != "token":
             raise ValueError(f"retrain.distillation.top_k is of words, and model.task {task} has classes: leave it out")
+        if distillation and distillation.cache and task != "causal-lm":
+            raise ValueError(f"retrain.distillation.cache holds blocks of text, and model.task is {task}: leave it out")
+        if distillation and distillation.hidden_weight and task == "sequence-to-sequence":
+            raise ValueError(
+                "retrain.distillation.hidden_weight compares states at the tokens of one text, and an encoder and a "
+                "decoder have two: leave it out"
+            )
         return self
 
     @model_validator(mode="after")

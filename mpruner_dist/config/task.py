@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-TaskName = Literal["causal-lm", "text-classification", "image-classification"]
+TaskName = Literal["causal-lm", "text-classification", "image-classification", "sequence-to-sequence"]
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,18 @@ class TaskFacts:
     reads: Literal["text", "images"]
     metrics: tuple[str, ...]
     """What `evaluation.json` says of each model beside its loss, the most telling first."""
+    of_generated: tuple[str, ...] = ()
+    """Those of them that compare the texts that a model generates with the right ones."""
 
 
+GENERATED = ("bleu", "chrf", "rouge_l")
 FACTS: dict[str, TaskFacts] = {
     "causal-lm": TaskFacts("AutoModelForCausalLM", "token", "text", ("perplexity", "accuracy")),
     "text-classification": TaskFacts("AutoModelForSequenceClassification", "text", "text", ("accuracy", "macro_f1")),
     "image-classification": TaskFacts("AutoModelForImageClassification", "image", "images", ("accuracy", "macro_f1")),
+    "sequence-to-sequence": TaskFacts(
+        "AutoModelForSeq2SeqLM", "token", "text", (*GENERATED, "perplexity", "accuracy"), GENERATED
+    ),
 }
 UNITS = {"text": ("token", "sequence"), "images": ("image",)}
 """What may be a sample of the similarity, by what a task reads."""

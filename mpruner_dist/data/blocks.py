@@ -29,11 +29,20 @@ class Blocks:
 
     def mask(self) -> npt.NDArray[np.int64]:
         """Attention mask [blocks, tokens]: 1 for text, 0 for padding."""
-        return (np.arange(self.ids.shape[1]) < self.lengths[:, None]).astype(np.int64)
+        return mask_of(self.lengths, self.ids.shape[1])
+
+    def masks(self) -> list[npt.NDArray[np.int64]]:
+        """The one mask."""
+        return [self.mask()]
 
     def tensors(self) -> dict[str, Ints]:
         """What is written to disk."""
         return {"input_ids": self.ids, "lengths": self.lengths}
+
+
+def mask_of(lengths: Ints, width: int) -> npt.NDArray[np.int64]:
+    """1 for the first so many of `width` places of each row, 0 for the others."""
+    return (np.arange(width) < lengths[:, None]).astype(np.int64)
 
 
 def make_blocks(

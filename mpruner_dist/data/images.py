@@ -37,9 +37,9 @@ class LabelledImages:
         chosen = list(rows)
         return LabelledImages(self.pixels[chosen], self.labels[chosen], self.mean, self.std)
 
-    def mask(self) -> npt.NDArray[np.int64]:
+    def masks(self) -> list[npt.NDArray[np.int64]]:
         """An image is one sample, and all of it counts."""
-        return np.ones((len(self), 1), np.int64)
+        return [np.ones((len(self), 1), np.int64)]
 
     def tensors(self) -> dict[str, npt.NDArray[Any]]:
         """What is written to disk."""

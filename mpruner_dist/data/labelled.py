@@ -44,6 +44,21 @@ def label_names(model_folder: Path) -> list[str]:
     return [str(names[str(number)]) for number in numbers]
 
 
+def numbered_alike(names: list[str], labels: list[str]) -> bool:
+    """Whether a source and a model name their classes alike, number by number, but for a few other spellings.
+
+    ImageNet is such a case: two of its classes are called crane, which `datasets` does not allow, so that there the
+    second is crane2.
+
+    Args:
+        names: the source's, by number.
+        labels: the model's, by number.
+    """
+    same = sum(name == label for name, label in zip(names, labels, strict=False))
+    elsewhere = any(name in labels and labels[number] != name for number, name in enumerate(names[: len(labels)]))
+    return len(names) == len(labels) and 2 * same > len(labels) and not elsewhere
+
+
 def label_number(label: Any, labels: list[str], where: str) -> int:
     """The number of a label, which is a name or the number itself.
 

@@ -13,6 +13,7 @@ from safetensors.numpy import save
 from mpruner_dist.data.blocks import Blocks
 from mpruner_dist.data.images import LabelledImages
 from mpruner_dist.data.labelled import LabelledTexts
+from mpruner_dist.data.pairs import Pairs
 from mpruner_dist.errors import UserError
 from mpruner_dist.runs.commit import write_bytes
 
@@ -26,8 +27,11 @@ class Part(Protocol):
     def rows(self, rows: Iterable[int]) -> Self:
         """The given ones, in the given order."""
 
-    def mask(self) -> npt.NDArray[np.int64]:
-        """1 for what may be a sample of the calibration, 0 for padding."""
+    def masks(self) -> list[npt.NDArray[np.int64]]:
+        """1 for what may be a sample of the calibration, 0 for padding.
+
+        A mask for each of the places that a model's states lie at: of an encoder and a decoder there are two.
+        """
 
     def tensors(self) -> dict[str, npt.NDArray[Any]]:
         """What is written to disk, by the names of the class's fields."""
@@ -50,7 +54,7 @@ def load_part(path: Path) -> Any:
             has_pixels = "pixels" in file.keys()  # noqa: SIM118
         if has_pixels:
             return LabelledImages(_mapped(path, "pixels"), **tensors)
-        kind = LabelledTexts if "labels" in tensors else Blocks
+        kind = LabelledTexts if "labels" in tensors else Pairs if "target_ids" in tensors else Blocks
         return kind(tensors.pop("input_ids"), **tensors)
     except Exception as error:
         raise UserError(f"cannot read {path}, which the stage data made: {error}") from error

@@ -12,7 +12,8 @@ from mpruner_dist.config import Config, DataConfig, SourceConfig
 from mpruner_dist.data.blocks import Blocks, make_blocks
 from mpruner_dist.data.images import LabelledImages, PixelFormat, make_images, pixel_format
 from mpruner_dist.data.labelled import LabelledTexts, label_names, make_labelled
-from mpruner_dist.data.sources import open_images, open_labelled, open_source
+from mpruner_dist.data.pairs import Pairs, make_pairs
+from mpruner_dist.data.sources import open_images, open_labelled, open_pairs, open_source
 from mpruner_dist.errors import UserError
 
 R = TypeVar("R")
@@ -79,6 +80,26 @@ class LabelledReader:
         return {"tokens": int(part.lengths.sum()), "labels": of_classes(part, self.labels)}
 
 
+class PairReader:
+    """Texts and what should be said of each, for sequence-to-sequence."""
+
+    unit = "pairs of texts"
+
+    def __init__(self, config: DataConfig, tokenizer: Any, pad: int, start: int) -> None:
+        self.tokenizer, self.pad, self.start = tokenizer, pad, start
+        self.longest = (config.block_size, config.target_size or config.block_size)
+
+    def read(self, source: SourceConfig, limit: int | None, watch: Watch) -> Pairs:
+        """A row a record."""
+        records, number = open_pairs(source)
+        watched = watch(records, number, lambda record: record[0])
+        return make_pairs(watched, self.tokenizer, self.longest, limit, self.pad, self.start)
+
+    def facts(self, part: Pairs) -> dict[str, Any]:
+        """The number of tokens, read and to be said."""
+        return {"tokens": int(part.lengths.sum() + (part.target_lengths - 1).sum())}
+
+
 class ImageReader:
     """Images with a class each, for image-classification."""
 
@@ -115,6 +136,8 @@ def make_reader(config: Config, model_folder: Path) -> Reader:
     tokenizer = load_tokenizer(model_folder, config.model.trust_remote_code)
     if config.model.task == "causal-lm":
         return BlockReader(config.data, tokenizer)
+    if config.model.task == "sequence-to-sequence":
+        return PairReader(config.data, tokenizer, *decoder_tokens(model_folder, config.model.trust_remote_code))
     pad = padding_token(model_folder, config.model.trust_remote_code)
     return LabelledReader(config.data, tokenizer, label_names(model_folder), pad)
 
@@ -127,10 +150,7 @@ def padding_token(folder: Path, trust_remote_code: bool) -> int:
     Raises:
         UserError: a decoder's configuration names none, or transformers cannot read it.
     """
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"transformers cannot read {folder}/config.json: {error}") from error
+    config = _config(folder, trust_remote_code)
     pad = config.get_text_config().pad_token_id
     if pad is not None and pad >= 0:
         return int(pad)
@@ -140,6 +160,29 @@ def padding_token(folder: Path, trust_remote_code: bool) -> int:
         f"{folder}/config.json has the pad_token_id {pad}, and a decoder finds the end of a text by it: set "
         "pad_token_id to the token that it was trained to be padded with"
     )
+
+
+def decoder_tokens(folder: Path, trust_remote_code: bool) -> tuple[int, int]:
+    """The token that fills rows, and the one that a decoder begins with.
+
+    Raises:
+        UserError: the model's configuration does not name both.
+    """
+    config = _config(folder, trust_remote_code)
+    pad, start = config.pad_token_id, config.decoder_start_token_id
+    if pad is None or start is None:
+        raise UserError(
+            f"{folder}/config.json has the pad_token_id {pad} and the decoder_start_token_id {start}: "
+            "sequence-to-sequence needs both; set them to the tokens that the model was trained with"
+        )
+    return int(pad), int(start)
+
+
+def _config(folder: Path, trust_remote_code: bool) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"transformers cannot read {folder}/config.json: {error}") from error
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 
 from mpruner_dist.config import SourceConfig
 from mpruner_dist.data.images import Bytes, idx_records
-from mpruner_dist.data.labelled import label_number
+from mpruner_dist.data.labelled import label_number, numbered_alike
 from mpruner_dist.errors import UserError
 
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -36,7 +36,8 @@ def open_source(source: SourceConfig) -> tuple[Iterator[str], int, str | None]:
 def open_labelled(source: SourceConfig, labels: list[str]) -> tuple[Iterator[tuple[str, int]], int]:
     """The texts that a source takes, each with the number of its class, and how many they are.
 
-    A label is a name or a number. Where the source names its numbers and the model its classes, the names count.
+    A label is a name or a number. Where the source names its numbers and the model its classes, the names count, unless
+    both number them alike.
 
     Args:
         source: where they are.
@@ -48,6 +49,17 @@ def open_labelled(source: SourceConfig, labels: list[str]) -> tuple[Iterator[tup
     table, rows, _ = _open(source, "text_field", "label_field")
     records = _labelled(table, rows, source, source.text_field, labels)
     return ((text, label) for text, label in records if _is_text(text)), len(rows)
+
+
+def open_pairs(source: SourceConfig) -> tuple[Iterator[tuple[str, str]], int]:
+    """The texts that a source takes, each with what should be said of it, and how many they are.
+
+    Raises:
+        UserError: nothing there, an unknown format, no such field.
+    """
+    table, rows, _ = _open(source, "text_field", "target_field")
+    records = ((record[source.text_field], record[source.target_field]) for record in map(table.__getitem__, rows))
+    return ((text, target) for text, target in records if _is_text(text) and _is_text(target)), len(rows)
 
 
 def open_images(source: SourceConfig, labels: list[str]) -> tuple[Iterator[tuple[Bytes, int]], int]:
@@ -79,7 +91,7 @@ def _labelled(
     table: Any, rows: range, source: SourceConfig, field: str, labels: list[str]
 ) -> Iterator[tuple[Any, int]]:
     names = getattr(table.features[source.label_field], "names", None)  # of a ClassLabel
-    if labels[0] == "LABEL_0":  # the model names none
+    if labels[0] == "LABEL_0" or (names and numbered_alike(names, labels)):  # the model names none, or the same
         names = None
     for row in rows:
         record = table[row]

@@ -2,15 +2,19 @@
 
 import gc
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.cluster.engine import start_deepspeed
 from mpruner_dist.cluster.worker import Worker
-from mpruner_dist.config import Config
+from mpruner_dist.config import Config, TaskConfig
 from mpruner_dist.data.blocks import num_batches
 from mpruner_dist.data.parts import load_part
+from mpruner_dist.evaluation.generation import generated_quality
 from mpruner_dist.evaluation.tasks import run_task
 from mpruner_dist.models.engines import forward_settings, inference_engine
 from mpruner_dist.models.scoring import score_part
@@ -22,8 +26,8 @@ from mpruner_dist.tasks import task_of
 def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
     """Score each model on a part of the data and write `LABEL.json`; one that stands from an earlier attempt is kept.
 
-    spec: config (Config), models (dict of label -> Path), original (Path), blocks (Path), results (Path), deepspeed
-    (dict).
+    spec: config (Config), models (dict of label -> Path), original (Path), blocks (Path), tasks (of the harness, beside
+    the one that rounds may go by), results (Path), deepspeed (dict).
 
     Raises:
         Preempted: a signal came; the results of the models before are saved.
@@ -48,13 +52,18 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
         folder = Path(spec["models"][label])
         engine = inference_engine(settings, folder, config.model, worker.log)
         worker.begin_progress(f"evaluate {label}", "batches", num_batches(len(part), config.evaluate.batch_size))
+        if worker.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(worker.device)
         score = score_part(worker, engine, task, part, config.evaluate.batch_size, tell)
+        ask = partial(ask_harness, worker, engine, folder, config)
+        memory = gpu_memory(worker)
         of_task: dict[str, Any] = {}
+        if task.facts.of_generated:
+            of_task = generated_quality(worker, engine, part, folder, config, tell)
         if config.rounds is not None and config.rounds.task is not None:
-            worker.log(f"task {config.rounds.task.name}")
-            of_task = run_task(
-                engine, folder, config.rounds.task, config.evaluate.batch_size, config.model.trust_remote_code
-            )
+            of_task |= ask(config.rounds.task)
+        if spec["tasks"]:
+            of_task["tasks"] = {given.name: ask(given) for given in spec["tasks"]}
         if worker.is_first:
             checkpoint = read_checkpoint(folder)
             write_json(results / f"{label}.json", {
@@ -66,6 +75,7 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
                 f"{task.facts.unit}s": score.predictions,
                 f"{task.facts.unit}s_per_second": task.size(part) / score.seconds,
                 "workers": worker.world_size,  # as many as there was room for
+                **memory,
                 **of_task,
             })  # fmt: skip
         engine.destroy()
@@ -73,6 +83,23 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
         gc.collect()
         worker.barrier()
         stop_if_told()  # a signal may have come during the task
+
+
+def ask_harness(worker: Worker, engine: Any, folder: Path, config: Config, task: TaskConfig) -> dict[str, Any]:
+    """What a model makes of a task of the harness."""
+    worker.log(f"task {task.name}")
+    return run_task(engine, folder, task, config.evaluate.batch_size, config.model.trust_remote_code)
+
+
+def gpu_memory(worker: Worker) -> dict[str, int]:
+    """Most bytes that tensors took on a worker's GPU since the peak was set back; all workers call it.
+
+    Empty on CPUs: there the peak is one of the whole process, and cannot be set back between two models.
+    """
+    if worker.device.type != "cuda":
+        return {}
+    [least] = worker.least_over_workers(-torch.cuda.max_memory_allocated(worker.device))
+    return {"gpu_bytes": -least}
 
 
 def write_evaluation(results: Path, labels: list[str], target: Path) -> None:

@@ -4,7 +4,6 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,9 @@ def run_task(engine: Any, folder: Path, task: TaskConfig, batch_size: int, trust
         harness gives no results.
 
     Raises:
-        UserError: the harness is not installed, does not know the task, or the task has not the metric or not it alone.
+        UserError: the harness does not know the task, or the task has not the metric or not it alone.
         StageFailure: the value is not finite.
     """
-    require_harness()
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -40,7 +38,7 @@ def run_task(engine: Any, folder: Path, task: TaskConfig, batch_size: int, trust
     manager = TaskManager(include_path=None if task.folder is None else str(task.folder))
     if task.name not in manager.all_tasks:
         where = "" if task.folder is None else f" nor {task.folder}"
-        raise UserError(f"neither the lm-evaluation-harness{where} has a task {task.name!r}: check rounds.task.name")
+        raise UserError(f"neither the lm-evaluation-harness{where} has a task {task.name!r}: check its name")
     model = HFLM(
         pretrained=engine.module,
         tokenizer=load_tokenizer(folder, trust_remote_code),
@@ -59,16 +57,6 @@ def run_task(engine: Any, folder: Path, task: TaskConfig, batch_size: int, trust
     return {} if found is None else read_value(found, task)
 
 
-def require_harness() -> None:
-    """Refuse a task where the harness is not installed.
-
-    Raises:
-        UserError: with the command that installs it.
-    """
-    if find_spec("lm_eval") is None:
-        raise UserError("rounds.metric task needs the extra eval: pip install 'mpruner-dist[eval]'")
-
-
 def read_value(found: Any, task: TaskConfig) -> dict[str, Any]:
     """The metric's value among the harness's results, whose keys are `METRIC,FILTER`.
 
@@ -85,7 +73,7 @@ def read_value(found: Any, task: TaskConfig) -> dict[str, Any]:
     keys = [key for key in values if asked in (key, key.partition(",")[0])]
     if len(keys) != 1:
         trouble = f"reports {asked} behind several filters" if keys else f"has no metric {asked!r}"
-        raise UserError(f"the task {task.name} {trouble}: set rounds.task.metric to one of {_names(values)}")
+        raise UserError(f"the task {task.name} {trouble}: set its metric to one of {_names(values)}")
     value, name = values[keys[0]], keys[0].partition(",")[0]
     if not math.isfinite(value):
         raise StageFailure(f"{asked} of the task {task.name} is {value}: check the task and the model")

@@ -102,13 +102,16 @@ def choose_stacks(stacks: list[Stack], config: Any, keep: list[int] | dict[str, 
 
 
 def run_stacks(model: Any) -> list[Stack]:
-    """The stacks whose layers a run counts from first to last: the only one, or all stages of a vision model.
+    """The stacks whose layers a run counts from first to last, in the order in which they run.
+
+    The only one; all stages of a vision model; an encoder and its decoder.
 
     Raises:
-        UserError: several that do not follow one another, such as an encoder and a decoder.
+        UserError: several of another kind, such as a text and a vision model side by side.
     """
     stacks = find_stacks(model)
-    if len(stacks) > 1 and all(field.entry is not None for stack in stacks for field in stack.fields):
+    of_stages = all(field.entry is not None for stack in stacks for field in stack.fields)
+    if len(stacks) > 1 and (of_stages or _is_encoder_and_decoder(model, stacks)):
         return stacks
     return list(choose_stacks(stacks, model.config, []))
 
@@ -116,6 +119,17 @@ def run_stacks(model: Any) -> list[Stack]:
 def run_blocks(model: Any) -> torch.nn.ModuleList:
     """The blocks of these stacks, one after another."""
     return torch.nn.ModuleList(block for stack in run_stacks(model) for block in model.get_submodule(stack.name))
+
+
+def series_of_blocks(model: Any) -> list[torch.nn.ModuleList]:
+    """The same in series, each with states at places of its own: those of an encoder, and those of a decoder.
+
+    Of any other model all blocks are one series.
+    """
+    stacks = run_stacks(model)
+    if _is_encoder_and_decoder(model, stacks):
+        return [torch.nn.ModuleList(model.get_submodule(stack.name)) for stack in stacks]
+    return [run_blocks(model)]
 
 
 def only_blocks(model: Any) -> Any:
@@ -133,6 +147,10 @@ def config_at(config: Any, path: tuple[str, ...]) -> Any:
     for part in path:
         config = getattr(config, part)
     return config
+
+
+def _is_encoder_and_decoder(model: Any, stacks: list[Stack]) -> bool:
+    return bool(model.config.is_encoder_decoder) and len(stacks) == 2
 
 
 def _config_of(model: Any, name: str) -> tuple[tuple[str, ...], Any]:

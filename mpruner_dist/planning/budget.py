@@ -1,26 +1,35 @@
 """How many layers must go. L layers."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from mpruner_dist.config import PlanConfig
 from mpruner_dist.errors import UserError
 from mpruner_dist.planning.proposals import Proposal
 
 
-def protected_layers(depth: int, config: PlanConfig) -> set[int]:
-    """The first and last layers that never go."""
-    return {*range(min(config.protect_first, depth)), *range(max(depth - config.protect_last, 0), depth)}
+def protected_layers(stacks: Sequence[int], config: PlanConfig) -> set[int]:
+    """The layers that never go: the first and last of each stack, as many as the configuration protects.
+
+    Of several stacks the first of each stays in any case: none may end up empty, and in a CNN it changes the shape.
+    """
+    first_stays = int(len(stacks) > 1)
+    protected: set[int] = set()
+    begin = 0
+    for depth in stacks:
+        layers = range(begin, begin + depth)
+        begin += depth
+        protected |= {*layers[: max(config.protect_first, first_stays)], *layers[max(depth - config.protect_last, 0) :]}
+    return protected
 
 
 class Budget:
-    """`keep_layers` or `target_parameters` of a configuration, for a model of `depth` layers.
+    """`keep_layers` or `target_parameters` of a configuration, for a model of L layers.
 
     Args:
         config: has one of the two.
-        depth: L.
+        stacks: how many of the layers are in each stack.
         parameters: of each layer; needed for `target_parameters`.
         other_parameters: of the model outside its layers.
-        fixed: layers that stay beside those that the configuration protects.
 
     Raises:
         UserError: so many layers cannot stay.
@@ -29,13 +38,13 @@ class Budget:
     def __init__(
         self,
         config: PlanConfig,
-        depth: int,
+        stacks: Sequence[int],
         parameters: Sequence[int] | None = None,
         other_parameters: int = 0,
-        fixed: Iterable[int] = (),
     ) -> None:
-        self.config, self.depth = config, depth
-        self.protected = protected_layers(depth, config) | set(fixed)
+        self.config, self.depth = config, sum(stacks)
+        self.protected = protected_layers(stacks, config)
+        depth = self.depth
         self.most = depth - max(len(self.protected), 1)
         """Layers that can go: one always stays."""
         self.sizes, self.other = parameters or [], other_parameters

@@ -9,18 +9,18 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Clusters = list[list[int]]
 APART = -1.0
-"""Stands for the similarity of layers of different stages, which is no threshold."""
+"""Stands for the similarity of layers of different stacks, which is no threshold."""
 
 
-def stage_starts(stages: Sequence[int]) -> set[int]:
-    """The first layer of each stage, given how many layers each has."""
-    return {sum(stages[:stage]) for stage in range(len(stages))}
+def stack_starts(stacks: Sequence[int]) -> set[int]:
+    """The first layer of each stack, given how many layers each has."""
+    return {sum(stacks[:stack]) for stack in range(len(stacks))}
 
 
 def apart(cka_LL: Floats, starts: Collection[int]) -> Floats:
-    """The same matrix with layers of different stages as unlike as can be, so that none stands for another."""
-    stage_L = np.cumsum([layer in starts for layer in range(len(cka_LL))])
-    return np.where(stage_L[:, None] == stage_L, cka_LL, APART)
+    """The same matrix with layers of different stacks as unlike as can be, so that none stands for another."""
+    stack_L = np.cumsum([layer in starts for layer in range(len(cka_LL))])
+    return np.where(stack_L[:, None] == stack_L, cka_LL, APART)
 
 
 def anchor_clusters(cka_LL: Floats, threshold: float) -> Clusters:
@@ -112,7 +112,7 @@ def open_decisions(
 ) -> list[tuple[int, int]]:
     """Comparisons (anchor, layer) of the anchor clusters that lie within so many standard errors of the threshold.
 
-    `starts`: the first layer of each stage, if there are any, which begins a cluster whatever it is like.
+    `starts`: the first layer of each stack, which begins a cluster whatever it is like.
     """
     cka_LL = apart(cka_LL, starts)
     clusters = anchor_clusters(cka_LL, threshold)

@@ -12,7 +12,7 @@ from mpruner_dist.config.plan import JUDGED
 from mpruner_dist.errors import UserError
 from mpruner_dist.plan import Plan, nearest_matching, read_plan
 from mpruner_dist.planning.budget import Budget, protected_layers
-from mpruner_dist.planning.clusters import apart, stage_starts
+from mpruner_dist.planning.clusters import apart, stack_starts
 from mpruner_dist.planning.greedy import greedy
 from mpruner_dist.planning.losses import Losses
 from mpruner_dist.planning.proposals import Proposal, Similarities, propose, propose_by_threshold
@@ -37,7 +37,7 @@ def make_plan(
     other_parameters: int = 0,
     pattern: Pattern | None = None,
     at_least: int = 1,
-    stages: Sequence[int] = (),
+    stacks: Sequence[int] = (),
 ) -> Plan:
     """Decide which layers go.
 
@@ -52,7 +52,7 @@ def make_plan(
         other_parameters: of the model outside its layers.
         pattern: of each layer its kind, and of each place the kind that must stand there; None asks for none.
         at_least: so many layers stay, even where a threshold lets more go.
-        stages: how many layers are in each, if there are any; the first of each stays, and no cluster leaves its stage.
+        stacks: how many of the layers are in each stack, without which there is one: no cluster leaves its stack.
 
     Raises:
         UserError: the budget, the pattern or the given plan cannot be met, or what the method goes by is unknown.
@@ -61,20 +61,20 @@ def make_plan(
     depth = len(cka_LL)
     if config.method == "file":
         return read_plan(config.file or Path(), depth)
-    fixed = stage_starts(stages)
+    stacks = stacks or [depth]
     measured = Similarities(
-        apart(cka_LL, fixed),
+        apart(cka_LL, stack_starts(stacks)),
         *(None if some is None else np.asarray(some, np.float64) for some in (stderr, influence, angular)),
     )
     measured.require(config)
     if config.keep_layers is None and config.target_parameters is None:
-        proposal = _by_threshold(measured, config, fixed, at_least, losses)
+        proposal = _by_threshold(measured, config, stacks, at_least, losses)
     else:
-        proposal = _within(Budget(config, depth, parameters, other_parameters, fixed), measured, losses)
+        proposal = _within(Budget(config, stacks, parameters, other_parameters), measured, losses)
     reasons = proposal.reasons
     kept = [layer for layer in range(depth) if layer not in proposal.dropped]
     if pattern is not None:
-        kept = _nearest(kept, pattern, protected_layers(depth, config))
+        kept = _nearest(kept, pattern, protected_layers(stacks, config))
         reasons = {layer: reasons.get(layer, INSTEAD) for layer in range(depth) if layer not in kept}
     return Plan.keeping(
         depth,
@@ -92,15 +92,14 @@ def judged_plan(losses: Callable[[], Losses], **given: Any) -> dict[str, Any]:
 
 
 def _by_threshold(
-    measured: Similarities, config: PlanConfig, fixed: set[int], at_least: int, losses: Losses | None
+    measured: Similarities, config: PlanConfig, stacks: Sequence[int], at_least: int, losses: Losses | None
 ) -> Proposal:
-    depth = len(measured.cka_LL)
-    proposal = propose_by_threshold(measured, config, protected_layers(depth, config) | fixed)
-    if depth - len(proposal.dropped) >= at_least:
+    proposal = propose_by_threshold(measured, config, protected_layers(stacks, config))
+    if len(measured.cka_LL) - len(proposal.dropped) >= at_least:
         return proposal
     # of those, the ones most like what stays
     fewer = config.model_copy(update={"keep_layers": at_least, "stride": 1})
-    return _within(Budget(fewer, depth, fixed=fixed), measured, losses)
+    return _within(Budget(fewer, stacks), measured, losses)
 
 
 def _within(budget: Budget, measured: Similarities, losses: Losses | None) -> Proposal:

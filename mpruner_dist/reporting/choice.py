@@ -80,7 +80,7 @@ def choice(config: PlanConfig, plan: Plan, rounds: RoundsConfig | None = None, u
             f"{plan.judged['loss']:.4f} without these, before any retraining."
         )
     if config.protect_first or config.protect_last:
-        ends = f"{config.protect_first} at the start and {config.protect_last} at the end of the network"
+        ends = f"{config.protect_first} at the start and {config.protect_last} at the end of each stack"
         how.append(f"Layers never removed, whatever their similarity: {ends}.")
     return how
 

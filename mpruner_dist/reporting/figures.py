@@ -63,7 +63,7 @@ def neighbours_figure(cka_LL: Floats, stderr_LL: Floats | None, plan: Plan, thre
         axes.axvspan(layer - 0.5, layer + 0.5, color=RED, alpha=0.13, linewidth=0)
     axes.fill_between(between, near, far, color=BLUE, alpha=0.3, linewidth=0)
     axes.plot(between, middle, "o-", color=BLUE, markersize=min(3.5, 180 / depth), linewidth=1.1)
-    reach = [near.min(), far.max()]
+    reach = [np.nanmin(near), np.nanmax(far)]  # of the last layer of an encoder and the first of a decoder: NaN
     if threshold is not None:
         level = max(1 - threshold, SMALLEST_DISTANCE)
         axes.axhline(level, color=GREY, linestyle="--", linewidth=1)

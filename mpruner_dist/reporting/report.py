@@ -38,6 +38,7 @@ from mpruner_dist.reporting.table import (
     metric_text,
     metrics_of,
     parameters_text,
+    task_table,
     unit_of,
 )
 from mpruner_dist.reporting.training import training
@@ -52,6 +53,8 @@ METRIC_NOTES = {
     "causal-lm": "Perplexity is that of the next token",
     "text-classification": f"Accuracy is the share of the texts{CLASSES}",
     "image-classification": f"Accuracy is the share of the images{CLASSES}",
+    "sequence-to-sequence": "BLEU, chrF and ROUGE-L compare what the model generates, word by word the likeliest, with "
+    "the right text, and go from 0 to 1",
 }
 CARD_MARKER = "<!-- mpruner-dist -->"
 Facts = dict[str, Any]
@@ -111,6 +114,7 @@ def _facts(run: Path, config: Config, stages: dict[str, dict[str, Any]]) -> Fact
         "facts": FACTS[config.model.task],
         "metric_note": METRIC_NOTES[config.model.task],
         "results": list(zip(evaluation_rows(evaluation), evaluation_changes(evaluation), strict=True)),
+        "task_table": task_table(evaluation),
         "kept": format_layers(plan.kept).replace(",", ", "),
         "dropped": format_layers(plan.dropped).replace(",", ", "),
         "choice": choice(config.plan, plan, config.rounds, unit_of(evaluation)),

@@ -9,15 +9,15 @@ from rich.table import Table
 
 from mpruner_dist.plan import format_layers
 from mpruner_dist.reporting.figures import BLUE, GREY, RED, svg, wide_figure
-from mpruner_dist.reporting.table import duration_text, parameters_text
+from mpruner_dist.reporting.table import duration_text, metric_name, parameters_text
 
 HEADINGS = ("round", "from", "stride", "removed", "layers", "parameters", "metric", "change", "time", "decision")
 Record = dict[str, Any]
 
 
-def metric_name(record: Record) -> str:
+def gate_name(record: Record) -> str:
     """What the gate measures: perplexity, accuracy, or a task with its metric."""
-    return str(record["task"] if record["metric"] == "task" else record["metric"])
+    return str(record["task"] if record["metric"] == "task" else metric_name(record["metric"]))
 
 
 def round_rows(record: Record) -> list[tuple[str, ...]]:
@@ -62,7 +62,7 @@ def print_rounds(path: Path) -> None:
 def rounds_summary(record: Record) -> list[str]:
     """Why the rounds ended, and against what they were judged, in sentences."""
     accepted = sum(entry["accepted"] for entry in record["rounds"])
-    name = metric_name(record)
+    name = gate_name(record)
     before = f"{record['original'][record['metric']]:.4g}"
     sentences = [
         f"{len(record['rounds'])} round(s), {accepted} accepted. Each began from the last accepted model and was "
@@ -89,6 +89,6 @@ def rounds_figure(record: Record) -> str:
     axes.axhline(record["worst"], color=GREY, linestyle="--", linewidth=1, label="tolerated")
     axes.invert_xaxis()
     axes.set_xlabel("layers left", fontsize=9)
-    axes.set_ylabel(metric_name(record), fontsize=9)
+    axes.set_ylabel(gate_name(record), fontsize=9)
     axes.legend(frameon=False, fontsize=9)
     return svg(figure)

@@ -7,6 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mpruner_dist.config.task import GENERATED
+
+WRITTEN = {"macro_f1": "macro F1", "bleu": "BLEU", "chrf": "chrF", "rouge_l": "ROUGE-L"}
 _RATE = "s_per_second"
 
 
@@ -32,18 +35,22 @@ def change_text(value: float, original: float) -> str:
 
 
 def metric_text(metric: str, value: float) -> str:
-    """A value of one of the tasks' metrics: a perplexity as a number, a share in percent."""
-    return perplexity_text(value) if metric == "perplexity" else f"{100 * value:.1f} %"
+    """A value of one of the tasks' metrics: a perplexity and the like of BLEU as a number, a share in percent."""
+    if metric == "perplexity":
+        return perplexity_text(value)
+    return f"{value:.3f}" if metric in GENERATED else f"{100 * value:.1f} %"
 
 
 def metric_change_text(metric: str, value: float, original: float) -> str:
     """Its change: of a perplexity relative to the original's, of a share the difference in points."""
-    return change_text(value, original) if metric == "perplexity" else f"{100 * (value - original):+.1f} points"
+    if metric == "perplexity":
+        return change_text(value, original)
+    return f"{value - original:+.3f}" if metric in GENERATED else f"{100 * (value - original):+.1f} points"
 
 
 def metric_name(metric: str) -> str:
     """A metric as it is written in text."""
-    return "macro F1" if metric == "macro_f1" else metric
+    return WRITTEN.get(metric, metric)
 
 
 def unit_of(evaluation: dict[str, Any]) -> str:
@@ -55,7 +62,10 @@ def unit_of(evaluation: dict[str, Any]) -> str:
 def metrics_of(evaluation: dict[str, Any]) -> tuple[str, ...]:
     """The metrics of quality that are shown of `evaluation.json`."""
     entry = next(iter(evaluation.values()))
-    return ("perplexity",) if "perplexity" in entry else tuple(m for m in ("accuracy", "macro_f1") if m in entry)
+    for known in (GENERATED, ("perplexity",), ("accuracy", "macro_f1")):
+        if shown := tuple(metric for metric in known if metric in entry):
+            return shown
+    raise ValueError(f"no known metric among {', '.join(entry)}")
 
 
 def headings(evaluation: dict[str, Any]) -> tuple[str, ...]:
@@ -104,12 +114,28 @@ def evaluation_changes(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
+def task_table(evaluation: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
+    """Headings and rows of what each model makes of tasks of the lm-evaluation-harness, if any were asked for."""
+    tasks = evaluation["original"].get("tasks", {})
+    rows = [
+        (f"{name} ({found['task_metric']})", *(f"{entry['tasks'][name]['task']:.4g}" for entry in evaluation.values()))
+        for name, found in tasks.items()
+    ]
+    return (("task", *evaluation), rows) if rows else None
+
+
 def print_evaluation(path: Path) -> None:
     """Print `evaluation.json`."""
     evaluation = json.loads(path.read_text())
-    table = Table(*headings(evaluation))
+    _print(headings(evaluation), evaluation_rows(evaluation))
+    if of_tasks := task_table(evaluation):
+        _print(*of_tasks)
+
+
+def _print(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    table = Table(*headings, pad_edge=False, show_edge=False)  # so that 80 columns hold three metrics
     for column in table.columns[1:]:
         column.justify = "right"
-    for row in evaluation_rows(evaluation):
+    for row in rows:
         table.add_row(*row)
     Console().print(table)

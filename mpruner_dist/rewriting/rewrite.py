@@ -20,7 +20,7 @@ from mpruner_dist.models.loading import empty_model, read_config
 from mpruner_dist.models.naming import model_names, stack_prefix
 from mpruner_dist.models.serving import kinds_and_pattern
 from mpruner_dist.models.signature import FIRST_ONLY
-from mpruner_dist.models.stacks import choose_stacks, find_stacks
+from mpruner_dist.models.stacks import choose_stacks, find_stacks, run_stacks
 from mpruner_dist.plan import Keep, Plan, format_layers, nearest_matching
 from mpruner_dist.rewriting.finished import LAYER_MAP, Request, is_finished
 from mpruner_dist.rewriting.layout import ShardCopy, StackNames, copy_shard, new_names, plan_copies
@@ -134,9 +134,10 @@ def prepare(checkpoint: StoredCheckpoint, kept: Keep, options: Options) -> Rewri
     config = read_config(checkpoint.companions, options.trust_remote_code)
     whole = Skeleton(checkpoint.config, config, empty_model(config, options.trust_remote_code))
     names = list(checkpoint.tensors)
-    chosen = choose_stacks(find_stacks(whole.model), config, kept.kept if isinstance(kept, Plan) else kept)
-    if isinstance(kept, Plan) and kept.num_layers != (depth := next(iter(chosen)).depth):
-        raise UserError(f"the plan is for {kept.num_layers} layers, the model has {depth}")
+    if isinstance(kept, Plan):
+        chosen = layers_by_stack(whole.model, kept)
+    else:
+        chosen = choose_stacks(find_stacks(whole.model), config, kept)
     plans = {stack: Plan.keeping(stack.depth, layers).kept for stack, layers in chosen.items()}
     keep_next_token = not options.drop_next_token
     stacks = [
@@ -216,6 +217,24 @@ def _write_descriptions(folder: Path, copies: list[ShardCopy], rewrite: Rewrite,
     if len(copies) > 1:
         write_json(folder / INDEX_NAME, index_json({copy.target.name: read_header(copy.target) for copy in copies}))
     write_json(folder / LAYER_MAP, layer_map(rewrite.kept) | {"request": request.digest})
+
+
+def layers_by_stack(model: Any, plan: Plan) -> Kept:
+    """What a plan keeps of each stack: it counts the layers of all that a run prunes one after another.
+
+    Raises:
+        UserError: the plan is for another number of layers.
+    """
+    stacks = run_stacks(model)
+    depth = sum(stack.depth for stack in stacks)
+    if plan.num_layers != depth:
+        raise UserError(f"the plan is for {plan.num_layers} layers, the model has {depth}")
+    chosen: Kept = {}
+    first = 0
+    for stack in stacks:
+        chosen[stack] = [layer - first for layer in plan.kept if first <= layer < first + stack.depth]
+        first += stack.depth
+    return chosen
 
 
 def layer_map(kept: Kept) -> dict[str, Any]:

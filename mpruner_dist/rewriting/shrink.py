@@ -14,6 +14,8 @@ from mpruner_dist.plan import format_layers, nearest_matching
 from mpruner_dist.runs.digest import digest
 
 Kept = dict[Stack, list[int]]
+CACHED = "decoder_layers"
+"""Where transformers looks for the number of layers that a decoder caches."""
 NEAREST_TRIES = 8  # one model on the meta device each
 
 
@@ -46,8 +48,7 @@ def _shrink(whole: Skeleton, kept: Kept, trust_remote_code: bool) -> Skeleton:
     for stack, layers in kept.items():
         small = _shrink_stack(whole, small, stack, layers, trust_remote_code)
     _require_same(whole.model, small.model, kept)
-    _require_cache(whole, small)
-    return small
+    return _with_cache(small)
 
 
 def _shrink_stack(
@@ -123,17 +124,32 @@ def _require_same(whole: Any, small: Any, kept: Kept) -> None:
         raise UserError(f"these layers cannot be left out by renaming: {' | '.join(problems[:3])}")
 
 
-def _require_cache(whole: Skeleton, small: Skeleton) -> None:
-    """Of T5, transformers takes the number of layers that generation caches from the encoder."""
-    if not whole.config.is_encoder_decoder:
-        return
-    cached = small.config.get_text_config(decoder=True).num_hidden_layers
-    for stack in find_stacks(small.model):
-        if "decoder" in stack.name.split(".") and cached < stack.depth:
-            raise UserError(
-                f"transformers would cache {cached} layers in generation where {stack.name} has {stack.depth}: keep as "
-                "many layers of the encoder as of the decoder"
-            )
+def _with_cache(small: Skeleton) -> Skeleton:
+    """The same with room for every layer of a decoder in the cache of generation.
+
+    transformers takes their number from a field that T5's family calls otherwise, and else from the encoder.
+
+    Raises:
+        UserError: it does not heed the field.
+    """
+    decoders = [stack for stack in find_stacks(small.model) if "decoder" in stack.name.split(".")]
+    if not small.config.is_encoder_decoder or not decoders:
+        return small
+    depth = decoders[0].depth
+    if _cached(small.config) == depth or (_cached(small.config) > depth and CACHED not in small.stored):
+        return small
+    stored = small.stored | {CACHED: depth}
+    config = type(small.config).from_dict(copy.deepcopy(stored))
+    if _cached(config) != depth:
+        raise UserError(
+            f"transformers would cache {_cached(config)} layers in generation where {decoders[0].name} has {depth}: "
+            "keep as many layers of the encoder as of the decoder"
+        )
+    return Skeleton(stored, config, small.model)
+
+
+def _cached(config: Any) -> int:
+    return int(config.get_text_config(decoder=True).num_hidden_layers)
 
 
 def _inside(name: str, stacks: list[Stack]) -> bool:

@@ -18,13 +18,14 @@ from mpruner_dist.data.parts import Part, load_part
 from mpruner_dist.errors import StageFailure
 from mpruner_dist.models.blocks import activations_per_token
 from mpruner_dist.models.engines import forward_settings, inference_engine
-from mpruner_dist.models.stacks import run_blocks
+from mpruner_dist.models.stacks import series_of_blocks
 from mpruner_dist.similarity.samples import Samples, draw_samples
-from mpruner_dist.similarity.sums import BatchSums, Terms
+from mpruner_dist.similarity.sums import BatchSums, Terms, join_series
 from mpruner_dist.similarity.tap import BatchStatistics, LayerTap
 from mpruner_dist.tasks import task_of
 
 SUM_TOLERANCE = 1e-12  # all-reduce and fold add the same float64 numbers in another order
+OF_MASKS = (" of its texts", " of its targets")
 IsSettled = Callable[[BatchSums], bool]
 
 
@@ -66,10 +67,12 @@ class Collection:
         settings = forward_settings(worker, spec["deepspeed"], config, Path(spec["model"]))
         self.task = task_of(config.model)
         self.part: Part = load_part(spec["blocks"])
-        self.engine = inference_engine(settings, Path(spec["model"]), config.model, worker.log, head=False)
-        stack = run_blocks(self.engine.module)
-        self.tap = LayerTap(stack)
-        self.at_once = self._batches_at_once(stack[0], zero_stage(settings))
+        # a head over classes is small, and that of an encoder-decoder makes the decoder's input
+        head = self.task.facts.unit != "token"
+        self.engine = inference_engine(settings, Path(spec["model"]), config.model, worker.log, head=head)
+        series = series_of_blocks(self.engine.module)
+        self.taps = [LayerTap(blocks, sum(map(len, series[:number]))) for number, blocks in enumerate(series)]
+        self.at_once = self._batches_at_once(series[-1][0], zero_stage(settings))
         worker.begin_progress("collect", "batches", config.collect.num_batches, len(saved))
 
     def go_on_to(self, end: int) -> None:
@@ -104,7 +107,8 @@ class Collection:
         Raises:
             StageFailure: they differ, or a batch is missing.
         """
-        self.tap.close()
+        for tap in self.taps:
+            tap.close()
         if self.worker.is_first:  # it speaks for earlier attempts
             self.mine.merge(self.saved)
         on_disk = BatchSums.load(self.folder)
@@ -123,15 +127,20 @@ class Collection:
         self.worker.doing(f"batch {', '.join(map(str, batches))}")
         group, samples = grouped(self.part, batches, self.config.collect)
         statistics = [
-            BatchStatistics(batch, drawn.to(self.worker.device), self.config.collect, self.tap.layers)
-            for batch, drawn in zip(batches, samples, strict=True)
+            [
+                BatchStatistics(batch, drawn.to(self.worker.device), self.config.collect, tap.layers, tap.first)
+                for batch, drawn in zip(batches, of_series, strict=True)
+            ]
+            for tap, of_series in zip(self.taps, for_series(samples, len(self.taps)), strict=True)
         ]
-        self.tap.begin(statistics)
+        for tap, of_series in zip(self.taps, statistics, strict=True):
+            tap.begin(of_series)
         with torch.no_grad():
             self.engine(**self.task.batch(group, self.worker.device).inputs)
         sums = BatchSums()
-        for measured in statistics:
-            sums.update(measured.batch, {name: value.numpy() for name, value in measured.terms().items()})
+        for batch, of_batch in zip(batches, zip(*statistics, strict=True), strict=True):
+            terms = join_series([measured.terms() for measured in of_batch])
+            sums.update(batch, {name: value.numpy() for name, value in terms.items()})
         return sums
 
     def _batches_at_once(self, block: torch.nn.Module, zero_stage: int) -> int:
@@ -144,8 +153,9 @@ class Collection:
             return 1
         config, collect = self.config, self.config.collect
         width = getattr(torch, config.model.dtype).itemsize
-        tokens = collect.batch_size * self.part.mask().shape[1]
-        a_batch = tokens * activations_per_token(block) * width + self.tap.layers * collect.samples**2 * 8
+        tokens = collect.batch_size * sum(mask.shape[1] for mask in self.part.masks())
+        layers = sum(tap.layers for tap in self.taps)
+        a_batch = tokens * activations_per_token(block) * width + layers * collect.samples**2 * 8
         free, _ = free_memory(self.worker.device, self.worker.local_workers)
         room = ROOM * free - GATHERED_PARAMETERS * width
         turns = -(-collect.num_batches // self.worker.world_size)
@@ -160,16 +170,41 @@ class Collection:
             self.fresh = BatchSums()
 
 
-def grouped(part: Part, batches: list[int], config: CollectConfig) -> tuple[Part, list[Samples]]:
-    """The rows of these batches, one batch after another, and the samples of each.
+def grouped(part: Part, batches: list[int], config: CollectConfig) -> tuple[Part, list[list[Samples]]]:
+    """The rows of these batches, one batch after another, and of each of the part's masks the samples of each batch.
 
     Texts are padded to the longest of all rows, and positions count in that width; which tokens are drawn does not
     depend on it.
     """
     of_batches = [batch_rows(batch, config.batch_size, len(part)) for batch in batches]
     group = part.rows(chain.from_iterable(of_batches))
-    masks = torch.split(torch.from_numpy(group.mask()), [len(rows) for rows in of_batches])
-    return group, [draw_samples(mask, config, batch) for mask, batch in zip(masks, batches, strict=True)]
+    sizes = [len(rows) for rows in of_batches]
+    masks = group.masks()
+    return group, [
+        [
+            draw_samples(of_batch, config, batch, of)
+            for of_batch, batch in zip(torch.split(torch.from_numpy(mask), sizes), batches, strict=True)
+        ]
+        for mask, of in zip(masks, OF_MASKS if len(masks) > 1 else ("",), strict=True)
+    ]
+
+
+def require_samples(part: Part, config: CollectConfig) -> None:
+    """Refuse a calibration some batch of which has too few samples, before any worker starts.
+
+    Raises:
+        UserError: which, and how many it has.
+    """
+    masks = part.masks()
+    for batch in range(config.num_batches):
+        rows = batch_rows(batch, config.batch_size, len(part))
+        for mask, of in zip(masks, OF_MASKS if len(masks) > 1 else ("",), strict=True):
+            draw_samples(torch.from_numpy(mask[rows.start : rows.stop]), config, batch, of)
+
+
+def for_series(samples: list[list[Samples]], series: int) -> list[list[Samples]]:
+    """The samples of each series of blocks; where all work on the same text, each has the same."""
+    return samples * series if len(samples) == 1 else samples
 
 
 def _check_sums(reduced: Any, total: Terms) -> None:

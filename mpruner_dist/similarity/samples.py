@@ -62,7 +62,7 @@ class Samples:
         return torch.stack([torch.randperm(num_samples, generator=generator) for _ in range(PERMUTATIONS)])
 
 
-def draw_samples(mask_BT: Tensor, config: CollectConfig, batch: int) -> Samples:
+def draw_samples(mask_BT: Tensor, config: CollectConfig, batch: int, of: str = "") -> Samples:
     """Draw a batch's samples: text only, the first tokens of a sequence left out.
 
     The draw depends on the seed and the batch id alone, never on the worker or the device.
@@ -71,6 +71,7 @@ def draw_samples(mask_BT: Tensor, config: CollectConfig, batch: int) -> Samples:
         mask_BT: 1 for text, 0 for padding; all ones for images.
         config: unit, number, tokens to skip.
         batch: its global id.
+        of: what the mask is of, for the message, where a batch has several.
 
     Raises:
         UserError: fewer samples to draw from than are asked for.
@@ -87,8 +88,8 @@ def draw_samples(mask_BT: Tensor, config: CollectConfig, batch: int) -> Samples:
         least = MIN_SAMPLES
     if len(positions) < least:
         raise UserError(
-            f"calibration batch {batch} has {len(positions)} {config.unit} samples to draw from, {least} are needed: "
-            "lower collect.samples, or raise collect.batch_size"
+            f"calibration batch {batch} has {len(positions)} {config.unit} samples to draw from{of}, {least} are "
+            "needed: lower collect.samples, or raise collect.batch_size"
         )
     seed = int.from_bytes(hashlib.sha256(f"{config.seed}/{batch}".encode()).digest()[:8], "little") >> 1
     order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(seed))

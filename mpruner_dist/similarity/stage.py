@@ -18,7 +18,7 @@ from mpruner_dist.similarity.finalise import (
     top_share,
     updates_cka,
 )
-from mpruner_dist.similarity.sums import BatchSums, Floats, Terms
+from mpruner_dist.similarity.sums import BatchSums, Floats, Terms, split_series
 
 STREAMS: dict[str, Callable[[Terms], Floats]] = {"states": cka, "updates": updates_cka}
 NULL_QUANTILE = 0.99
@@ -55,7 +55,8 @@ def write_cka(
     sums = BatchSums.load(sums_folder)
     total = sums.total()
     null_RLL = null_cka(total)
-    off_diagonal = null_RLL[:, ~np.eye(len(layers), dtype=bool)]
+    pairs = null_RLL[:, ~np.eye(len(layers), dtype=bool)]
+    pairs = pairs[np.isfinite(pairs)]  # of a series of blocks with another nothing is known
     share_L = top_share(total)
     content = {
         "layers": layers,
@@ -67,8 +68,8 @@ def write_cka(
         "angular_distance": _listed(angular_distance(total)),
         "angular_distance_stderr": _listed(sums.jackknife(angular_distance)),
         "null": {
-            "mean": float(off_diagonal.mean()),
-            "quantile": float(np.quantile(off_diagonal, NULL_QUANTILE)),
+            "mean": float(pairs.mean()),
+            "quantile": float(np.quantile(pairs, NULL_QUANTILE)),
             "level": NULL_QUANTILE,
             "permutations": len(null_RLL),
         },
@@ -77,7 +78,7 @@ def write_cka(
         "num_batches": len(sums),
         "asked_batches": config.num_batches,
         "open": open_pairs(sums, measure, decisions) if decisions else None,
-        "num_samples": int(total["samples"]),
+        "num_samples": int(min(of_series["samples"] for of_series in split_series(total))),
         "unit": config.unit,
         "estimator": ESTIMATORS[config.estimator],
     }

@@ -7,7 +7,7 @@ and however often the work was interrupted, the result is the same to the last b
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,28 @@ from mpruner_dist.runs.commit import write_bytes
 
 Floats = npt.NDArray[np.float64]
 Terms = dict[str, Floats]
+Value = TypeVar("Value")
 BATCH_IDS = "batches"  # the one tensor of a file that is not a term
+
+
+def join_series(series: list[dict[str, Value]]) -> dict[str, Value]:
+    """The terms of several series of blocks, each compared within itself only, under names that tell them apart.
+
+    Those of a single series keep their names.
+    """
+    if len(series) == 1:
+        return series[0]
+    return {f"{number}.{name}": value for number, terms in enumerate(series) for name, value in terms.items()}
+
+
+def split_series(terms: Terms) -> list[Terms]:
+    """The terms of each series, as before `join_series`."""
+    split: dict[str, Terms] = {}
+    for name, value in terms.items():
+        number, _, rest = name.partition(".")
+        if number.isdecimal():
+            split.setdefault(number, {})[rest] = value
+    return [split[number] for number in sorted(split, key=int)] or [terms]
 
 
 @dataclass

@@ -24,8 +24,9 @@ ANGLES_AT_ONCE = 16
 class BatchStatistics:
     """Everything that is measured on one batch, layer by layer: memory for L N N floats, whatever the data's size."""
 
-    def __init__(self, batch: int, samples: Samples, config: CollectConfig, layers: int) -> None:
-        self.batch, self.samples, self.config, self.layers = batch, samples, config, layers
+    def __init__(self, batch: int, samples: Samples, config: CollectConfig, layers: int, first: int = 0) -> None:
+        """`first`: what the run calls the first of these layers, for messages."""
+        self.batch, self.samples, self.config, self.layers, self.first = batch, samples, config, layers, first
         self.streams = {stream: make_estimator(config.estimator, layers) for stream in ("states", "updates")}
         self.clean_N = torch.ones(len(samples.positions_N), dtype=torch.bool)
         self.cosines_N: list[Tensor] = []
@@ -115,22 +116,24 @@ class BatchStatistics:
         for layer, share in enumerate(torch.stack(self.not_finite).tolist()):
             if share:
                 raise StageFailure(
-                    f"batch {self.batch}: {share:.1%} of the sampled activations of layer {layer} are not finite; "
-                    "nothing of this batch was saved. Try model.dtype float32 or bfloat16, and check the checkpoint"
+                    f"batch {self.batch}: {share:.1%} of the sampled activations of layer {self.first + layer} are not "
+                    "finite; nothing of this batch was saved. Try model.dtype float32 or bfloat16, and check the "
+                    "checkpoint"
                 )
         for layer, varies in enumerate(torch.stack(self.varies).tolist()):
             if not varies:
                 raise StageFailure(
-                    f"batch {self.batch}: the activations of layer {layer} are the same for every sample, its CKA is "
-                    "undefined: check the checkpoint and the calibration text"
+                    f"batch {self.batch}: the activations of layer {self.first + layer} are the same for every sample, "
+                    "its CKA is undefined: check the checkpoint and the calibration text"
                 )
 
 
 class LayerTap:
     """Hooks on a stack of blocks, which feed the statistics of the batches that lie in one forward pass."""
 
-    def __init__(self, blocks: torch.nn.ModuleList) -> None:
-        self.layers = len(blocks)
+    def __init__(self, blocks: torch.nn.ModuleList, first: int = 0) -> None:
+        """`first`: what the run calls the first of these blocks."""
+        self.layers, self.first = len(blocks), first
         self.batches: list[BatchStatistics] = []
         self.inputs: list[Tensor] = []
         self.hooks = [block.register_forward_pre_hook(self._before, with_kwargs=True) for block in blocks]
@@ -158,6 +161,12 @@ class LayerTap:
 
     def _taken(self, hidden: Tensor) -> list[Tensor]:
         sizes = [len(batch.samples.eligible_BT) for batch in self.batches]
+        width = self.batches[0].samples.eligible_BT.shape[1]
+        if self.batches[0].samples.unit in ("token", "sequence") and hidden.shape[1] != width:
+            raise StageFailure(
+                f"a block has states at {hidden.shape[1]} positions of texts of {width} tokens: this family pads or "
+                "cuts them inside, and which position is which token is not known"
+            )
         return [batch.samples.take(part) for batch, part in zip(self.batches, torch.split(hidden, sizes), strict=True)]
 
 

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from mpruner_dist.config import Config
-from mpruner_dist.planning.clusters import open_decisions, stage_starts
+from mpruner_dist.planning.clusters import open_decisions, stack_starts
 from mpruner_dist.road import Road, Step
 from mpruner_dist.runs.folder import Inputs
 
@@ -25,15 +25,17 @@ def collect(road: Road) -> Step:
         inputs["settled"] = {"measure": plan.measure, "threshold": plan.threshold}
 
     def make() -> None:
+        from mpruner_dist.data.parts import load_part
         from mpruner_dist.models.loading import read_config
         from mpruner_dist.models.naming import layer_names
         from mpruner_dist.retraining.targets import require_targets
-        from mpruner_dist.similarity.collect import collect_job
+        from mpruner_dist.similarity.collect import collect_job, require_samples
         from mpruner_dist.similarity.stage import is_settled, write_cka
 
         remote_code = road.config.model.trust_remote_code
         model_config = read_config(road.source, remote_code)
         require_targets(road.config.retrain, model_config, remote_code)  # now, not hours later
+        require_samples(load_part(road.blocks("calibration")), road.config.collect)
         names = layer_names(road.checkpoint.tensors, model_config, remote_code)
         layers = [layer for of_stack in names.values() for layer in of_stack]
         stacks = {stack: len(of_stack) for stack, of_stack in names.items()} if len(names) > 1 else None
@@ -52,8 +54,8 @@ def collect(road: Road) -> Step:
 
 
 def _decisions(config: Config, stacks: dict[str, int] | None) -> Any:
-    """What must be settled: the comparisons that a plan by the threshold rests on, stage by stage as it makes them."""
-    starts = stage_starts(list((stacks or {}).values()))
+    """What must be settled: the comparisons that a plan by the threshold rests on, stack by stack as it makes them."""
+    starts = stack_starts(list((stacks or {}).values()))
     z = config.collect.settled_z
     return partial(open_decisions, threshold=config.plan.threshold, standard_errors=z, starts=starts)
 

@@ -5,6 +5,7 @@ from functools import partial
 
 from mpruner_dist.config.task import FACTS
 from mpruner_dist.errors import UserError
+from mpruner_dist.planning.budget import protected_layers
 from mpruner_dist.road import Road
 from mpruner_dist.runs.commit import write_json, write_text
 from mpruner_dist.runs.digest import file_digest
@@ -33,11 +34,11 @@ def compare(road: Road, depths: list[int] | None) -> None:
     given = measured(road, section)
     layers = len(given["cka"])
     depths = depths or default_depths(layers)
-    free = layers - section.protect_first - section.protect_last
+    free = layers - len(protected_layers(given["stacks"], section))
     if not 1 <= min(depths) <= max(depths) <= free:
         raise UserError(
             f"--depths {','.join(map(str, depths))}: from 1 to {free} of {layers} layers can go "
-            "(plan.protect_first and plan.protect_last stay)"
+            f"({layers - free} stay by plan.protect_first, plan.protect_last or as the first of a stack)"
         )
     judged, end = split(road)
     passes = greedy_passes(free, max(depths)) + section.passes * len(depths) + len(COMPARED) * len(depths)

@@ -1,29 +1,41 @@
 """The stage `data`: text to token blocks."""
 
 from pathlib import Path
+from typing import Any
 
 from mpruner_dist.config import SourceConfig
 from mpruner_dist.logs import show_progress
 from mpruner_dist.road import Road, Step
 from mpruner_dist.runs.digest import spot_digest
 
+TOKENIZERS = ("*token*", "*.spm", "*.model", "vocab.*", "merges.txt", "preprocessor_config.json")
+"""Names of files that say how data are read."""
+OF_PAIRS: Any = {
+    "target_size": True,
+    **{part: {"target_field"} for part in ("calibration", "train", "validation", "test")},
+}
+"""Settings that only sequence-to-sequence reads."""
+
 
 def data(road: Road) -> Step:
     """Text to token blocks."""
     from mpruner_dist.data.needed import blocks_needed
 
-    readers = [*road.source.glob("*token*"), *road.source.glob("preprocessor_config.json")]
+    readers = {file for pattern in TOKENIZERS for file in road.source.glob(pattern)}
     tokenizer = {file.name: spot_digest(file) for file in sorted(readers)}
     files = {part: source_digest(source) for part, source in road.config.data.parts().items()}
+    of_pairs = road.config.model.task == "sequence-to-sequence"
     inputs = {
         "task": road.config.model.task,
         "labels": road.checkpoint.config.get("id2label"),
         "padding": road.checkpoint.config.get("pad_token_id"),
         "tokenizer": tokenizer,
-        "data": road.config.data.model_dump(mode="json"),
+        "data": road.config.data.model_dump(mode="json", exclude=None if of_pairs else OF_PAIRS),
         "blocks": blocks_needed(road.config),
         "files": files,
     }
+    if of_pairs:
+        inputs["decoder_start"] = road.checkpoint.config.get("decoder_start_token_id")
 
     def make() -> None:
         from mpruner_dist.data.prepare import prepare_data

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from mpruner_dist.checkpoints.folder import read_checkpoint
+from mpruner_dist.config import TaskConfig
 from mpruner_dist.road import Road, Step
 from mpruner_dist.runs.folder import Inputs
 from mpruner_dist.steps.data import digests_of_files
@@ -30,25 +31,33 @@ def gate(road: Road) -> Step:
 
 def _measurement(road: Road, stage: str, artefact: str, models: dict[str, Path], part: str) -> Step:
     """Make `ARTEFACT.json`, one entry for each model."""
+    section = road.config.evaluate
+    tasks = section.tasks if part == "test" else ()
     inputs: Inputs = {
         "models": {label: read_checkpoint(path).fingerprint() for label, path in models.items()},
         "dtype": road.config.model.dtype,
         part: road.text(part),
-        "evaluate": road.config.evaluate.model_dump(),
+        "evaluate": section.model_dump(exclude={"tasks"}),
     }
-    task = road.config.rounds.task if road.config.rounds else None
-    if task is not None:
-        inputs["task"] = task.model_dump(mode="json")
-    if task is not None and task.folder is not None:
-        inputs["task_files"] = digests_of_files(task.folder)
+    if tasks:
+        inputs["tasks"] = [task_inputs(task) for task in tasks]
+    if road.config.rounds and road.config.rounds.task:
+        inputs["task"] = task_inputs(road.config.rounds.task)
 
     def make() -> None:
         from mpruner_dist.evaluation.job import evaluate_job, write_evaluation
 
         results = road.work(artefact, inputs)
         road.on_workers(
-            stage, evaluate_job, models=models, original=road.original, blocks=road.blocks(part), results=results
-        )
+            stage, evaluate_job, models=models, original=road.original, blocks=road.blocks(part), tasks=tasks,
+            results=results,
+        )  # fmt: skip
         write_evaluation(results, list(models), road.folder / f"{artefact}.json")
 
     return inputs, (f"{artefact}.json",), make
+
+
+def task_inputs(task: TaskConfig) -> Inputs:
+    """What the value of a task of the harness depends on, beside the model."""
+    files = {} if task.folder is None else {"files": digests_of_files(task.folder)}
+    return task.model_dump(mode="json") | files

@@ -63,7 +63,7 @@ def measured(road: Road, section: PlanConfig) -> dict[str, Any]:
         "parameters": sizes,
         "other_parameters": road.checkpoint.num_parameters - sum(sizes),
         "at_least": _floor(road),
-        "stages": list((similarity.get("stacks") or {}).values()),
+        "stacks": road.stacks(),
     }
 
 
@@ -112,13 +112,11 @@ def _floor(road: Road) -> int:
 
 def _judged(road: Road, given: dict[str, Any]) -> Plan:
     from mpruner_dist.planning.budget import Budget
-    from mpruner_dist.planning.clusters import stage_starts
     from mpruner_dist.planning.greedy import greedy_passes
     from mpruner_dist.planning.planner import judged_plan
 
     section = road.config.plan
-    fixed = stage_starts(given["stages"])
-    budget = Budget(section, len(given["cka"]), given["parameters"], given["other_parameters"], fixed)
+    budget = Budget(section, given["stacks"], given["parameters"], given["other_parameters"])
     passes = section.passes if section.method == "search" else greedy_passes(budget.most, budget.least())
     return Plan.model_validate(
         judge(road, {"losses": (0, judging_blocks(road))}, partial(judged_plan, **given), passes)

@@ -68,7 +68,7 @@ def retrain(road: Road) -> Step:
         settings = partial(training_settings, given, section, dtype, width=width)
         settings(road.config.cluster.workers)  # what is wrong in it is said before anything is prepared
         require_loggers(section.log_to)
-        layers = beside_gaps(plan.kept, plan.num_layers) if section.trainable == "neighbours" else None
+        layers = beside_gaps(plan.kept, road.stacks()) if section.trainable == "neighbours" else None
         words = None
         if distillation is not None and teacher is not None:
             model = road.config.model

@@ -3,6 +3,7 @@
 from functools import partial
 
 from mpruner_dist.errors import UserError
+from mpruner_dist.planning.budget import protected_layers
 from mpruner_dist.road import Road, Step
 
 
@@ -15,14 +16,20 @@ def rewrite(road: Road) -> Step:
         from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
 
         if not plan.dropped and road.config.plan.method != "file":  # by hand: the original is to be retrained alone
+            nothing = f"the plan removes nothing: {road.folder / 'plan.json'} keeps all {plan.num_layers} layers"
+            if len(protected_layers(road.stacks(), road.config.plan)) == plan.num_layers:
+                raise UserError(
+                    f"{nothing}, for all of them always stay, by plan.protect_first, plan.protect_last or as the first "
+                    "of a stack: lower plan.protect_first or plan.protect_last"
+                )
             raise UserError(
-                f"the plan removes nothing: {road.folder / 'plan.json'} keeps all {plan.num_layers} layers. Lower "
-                "plan.threshold, or set plan.method partition with plan.keep_layers; cka.json has the similarities"
+                f"{nothing}. Lower plan.threshold, or set plan.method partition with plan.keep_layers; cka.json has "
+                "the similarities"
             )
         rewrite_checkpoint(
             road.source,
             road.folder / "pruned",
-            road.kept(plan),
+            plan,
             trust_remote_code=road.config.model.trust_remote_code,
             run_tasks=partial(road.session.run_tasks, progress=road.folder / "logs/progress.json"),
         )

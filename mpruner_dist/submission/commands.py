@@ -95,7 +95,7 @@ def ray(
     The run folder and every path in the configuration must lie on storage that all nodes share. Ctrl-C stops following;
     the job goes on.
 
-    Example: mpruner submit ray configs/hub.yaml --address http://head:8265 --run-dir /shared/runs/hub
+    Example: mpruner submit ray configs/hub/llama_8b.yaml --address http://head:8265 --run-dir /shared/runs/llama
     """
     from mpruner_dist.submission.ray_jobs import submit_job
 

@@ -1,0 +1,31 @@
+"""The section `evaluate`, and the tasks of the lm-evaluation-harness."""
+
+from pathlib import Path
+
+from mpruner_dist.config.base import NonNegative, Positive, Section
+
+
+class TaskConfig(Section):
+    """A task of the lm-evaluation-harness, an optional extra."""
+
+    name: str
+    """As the harness knows it, such as arc_easy."""
+    metric: str | None = None
+    """Such as acc_norm, or with one of the task's filters exact_match,strict-match; without it, the first that the task
+    reports."""
+    folder: Path | None = None
+    """A folder with task files of your own."""
+    fewshot: NonNegative | None = None
+    """Examples in the prompt; without it, the task's own number."""
+    limit: Positive | None = None
+    """Take only the first so many questions."""
+
+
+class EvaluateConfig(Section):
+    """How quality and speed are measured on the test part."""
+
+    batch_size: Positive = 4
+    max_blocks: Positive | None = None
+    """At most so many sequences of the test part, and of the validation part (or plan.judge_blocks, if more)."""
+    tasks: tuple[TaskConfig, ...] = ()
+    """Of causal-lm: tasks of the harness that the original, the pruned and the retrained model are given besides."""
