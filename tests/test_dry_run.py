@@ -39,6 +39,16 @@ def make_classifier(folder: Path) -> None:
     (folder / "text.jsonl").write_text("\n".join(labelled))
 
 
+def make_translator(folder: Path) -> None:
+    """A T5, and the records of `text.jsonl` with themselves as what should be said."""
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "num_layers": 3}
+    config = transformers.T5Config(vocab_size=128, decoder_start_token_id=0, pad_token_id=0, eos_token_id=2, **sizes)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder / "model")
+    make_tokenizer(folder / "model")
+    records = [json.loads(line) for line in (folder / "text.jsonl").read_text().splitlines()]
+    (folder / "text.jsonl").write_text("\n".join(json.dumps(record | {"target": record["text"]}) for record in records))
+
+
 def stand_in(content: dict[str, Any], folder: Path, tiny: Path) -> None:
     """Put a small model and made-up data in the place of those that a configuration names."""
     task = content["model"].get("task", "causal-lm")
@@ -56,6 +66,8 @@ def stand_in(content: dict[str, Any], folder: Path, tiny: Path) -> None:
     make_text(folder / "text.jsonl", records=60_000)
     if task == "text-classification":
         make_classifier(folder)
+    if task == "sequence-to-sequence":
+        make_translator(folder)
     bounds = [0.0, 0.5, 0.8, 0.9, 1.0]
     for part, *take in zip(("calibration", "train", "validation", "test"), bounds, bounds[1:], strict=False):
         content["data"][part] = {"path": str(folder / "text.jsonl"), "take": take}

@@ -94,19 +94,18 @@ def train_images(images: Path, make: Any, target: Path, **options: Any) -> None:
     scaling = {"image_mean": [MEAN], "image_std": [SPREAD], "size": {"height": 28, "width": 28}}
     with new_folder(target) as partial:
         (partial / "preprocessor_config.json").write_text(json.dumps(scaling))
-        fit(make(), Images(), partial, num_train_epochs=3, per_device_train_batch_size=128, weight_decay=0.01,
-            **options)  # fmt: skip
+        fit(make(), Images(), partial, per_device_train_batch_size=128, weight_decay=0.01, **options)
 
 
 def prepare_fashion(folder: Path) -> None:
     """Images and the network of `configs/resnet_fashion.yaml`."""
     images, model = fashion_mnist(folder), folder / "resnet-fashion"
     if not is_there(model):
-        train_images(images, resnet, model, learning_rate=2e-3, warmup_steps=50)
+        train_images(images, resnet, model, num_train_epochs=3, learning_rate=2e-3, warmup_steps=50)
 
 
 def prepare_vit(folder: Path) -> None:
     """Images and the transformer of `configs/vit_fashion.yaml`."""
     images, model = fashion_mnist(folder), folder / "vit-fashion"
     if not is_there(model):
-        train_images(images, vit, model, learning_rate=1e-3, warmup_steps=100)
+        train_images(images, vit, model, num_train_epochs=5, learning_rate=1e-3, warmup_steps=100)

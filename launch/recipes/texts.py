@@ -171,4 +171,4 @@ def prepare_spam(folder: Path) -> None:
     records = read_records(mails, TRAIN_SHARE)
     base = minilm(folder)
     print(f"fine-tuning on {len(records)} e-mails (a quarter of an hour on two cores)", flush=True)
-    train_classifier(base, records, KINDS, MAIL_TOKENS, model, num_train_epochs=1, warmup_steps=20)
+    train_classifier(base, records, KINDS, MAIL_TOKENS, model, num_train_epochs=2, warmup_steps=20)
