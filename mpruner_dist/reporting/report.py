@@ -35,6 +35,7 @@ from mpruner_dist.reporting.table import (
     evaluation_changes,
     evaluation_rows,
     headings,
+    metric_name,
     metric_text,
     metrics_of,
     parameters_text,
@@ -117,6 +118,7 @@ def _facts(run: Path, config: Config, stages: dict[str, dict[str, Any]]) -> Fact
         "task_table": task_table(evaluation),
         "kept": format_layers(plan.kept).replace(",", ", "),
         "dropped": format_layers(plan.dropped).replace(",", ", "),
+        "by_stack": by_stack(plan.dropped, similarity.get("stacks") or {}),
         "choice": choice(config.plan, plan, config.rounds, unit_of(evaluation)),
         "reasons": reasons(plan, known_spread=similarity["stderr"] is not None),
         "comparison": comparison,
@@ -143,6 +145,16 @@ def _rounds(run: Path, config: Config) -> Facts | None:
     return {"record": record, "summary": rounds_summary(record), "table": (ROUND_HEADINGS, round_rows(record))}
 
 
+def by_stack(layers: list[int], stacks: dict[str, int]) -> str:
+    """Layers as each stack counts them, where there are several: `encoder.block 2, decoder.block 0-1`."""
+    found, first = [], 0
+    for name, depth in stacks.items():
+        mine = [layer - first for layer in layers if first <= layer < first + depth]
+        found += [f"{name} {format_layers(mine)}"] if mine else []
+        first += depth
+    return ", ".join(found)
+
+
 def summary(evaluation: dict[str, Any], text: str) -> str:
     """The result in one sentence, from the content of `evaluation.json` and what to call the text of the test."""
     original, pruned = evaluation["original"], evaluation.get("pruned")
@@ -151,7 +163,7 @@ def summary(evaluation: dict[str, Any], text: str) -> str:
     if pruned is None:
         return (
             f"Nothing was removed: {original['layers']} layers, {parameters_text(original['parameters'])} parameters, "
-            f"{metric} {metric_text(metric, original[metric])} {on}"
+            f"{metric_name(metric)} {metric_text(metric, original[metric])} {on}"
         )
     share = evaluation_changes(evaluation)[list(evaluation).index("pruned")][headings(evaluation).index("parameters")]
     quality = f"{metric_text(metric, original[metric])} → {metric_text(metric, pruned[metric])} pruned"
@@ -159,7 +171,7 @@ def summary(evaluation: dict[str, Any], text: str) -> str:
         quality += f" → {metric_text(metric, evaluation['retrained'][metric])} retrained"
     return (
         f"{original['layers']} → {pruned['layers']} layers, {parameters_text(original['parameters'])} → "
-        f"{parameters_text(pruned['parameters'])} parameters ({share}), {metric} {quality} {on}"
+        f"{parameters_text(pruned['parameters'])} parameters ({share}), {metric_name(metric)} {quality} {on}"
     )
 
 
