@@ -28,7 +28,7 @@ SETTINGS = (
     f"evaluate.batch_size={JUDGED // 4}",
 )  # fmt: skip
 """Settings over those of the file: plans are judged on four batches."""
-HOPELESS = 2.0
+HOPELESS = 1.25
 """Plans of more than so many times the lowest perplexity at their depth are not retrained."""
 
 
