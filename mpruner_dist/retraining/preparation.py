@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from mpruner_dist.checkpoints.export import Weight, match_names
+from mpruner_dist.checkpoints.export import NOT_ASKED_FOR, Weight, match_names
 from mpruner_dist.checkpoints.folder import CheckpointFolder
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import RetrainConfig
@@ -36,7 +36,9 @@ def prepare_model(
     """
     # what is merged or split on the way cannot be written back
     renamed = {name: key for name, (key, merged) in model_names(model, pruned.tensors).items() if merged is None}
-    parameters = match_names(model, pruned, str(model.base_model_prefix), renamed)
+    state = model.state_dict().keys()
+    unasked = [name for name, key in renamed.items() if key not in state]
+    parameters = match_names(model, pruned, str(model.base_model_prefix), renamed, unasked)
     if layers is not None:
         model.requires_grad_(False)
         blocks = run_blocks(model)
@@ -60,7 +62,7 @@ def prepare_model(
         if weight.parameter.requires_grad or id(weight.parameter) in moving
         else Weight(weight.parameter, True, weight.beside, weight.added)
         for name, weight in weights.items()
-    }
+    } | dict.fromkeys(unasked, NOT_ASKED_FOR)
 
 
 def running_means(model: torch.nn.Module) -> dict[str, torch.Tensor]:
