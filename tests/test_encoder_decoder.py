@@ -197,6 +197,17 @@ def test_a_tensor_of_the_first_t5_that_no_model_asks_for_is_kept(
     verify_checkpoint(tmp_path / "out")
 
 
+@pytest.mark.parametrize("family", ["marian", "pegasus"])
+def test_computed_positions_are_not_trained(family: str, tmp_path: Path) -> None:
+    """Marian's lie in no file, so that what they learnt would be lost."""
+    make(FAMILIES[family], tmp_path)
+    model: Any = load_model(tmp_path, "float32", kind="AutoModelForSeq2SeqLM")
+    weights = prepare_model(model, read_checkpoint(tmp_path), RetrainConfig(), None)
+    assert weights.keys() == read_checkpoint(tmp_path).tensors.keys()
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight"]
+
+
 def test_a_plan_for_another_number_of_layers_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the plan is for 8 layers, the model has 9"):
         rewrite_checkpoint(folder / "model", tmp_path / "small", Plan.keeping(8, [0, 4]))

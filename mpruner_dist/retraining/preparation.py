@@ -34,6 +34,9 @@ def prepare_model(
         UserError: the model cannot do what is asked for.
         StageFailure: a tensor that could not be written back.
     """
+    for module in model.modules():
+        if hasattr(module, "create_weight"):  # positions that Marian and Pegasus compute; transformers forgets it
+            module.requires_grad_(False)
     # what is merged or split on the way cannot be written back
     renamed = {name: key for name, (key, merged) in model_names(model, pruned.tensors).items() if merged is None}
     state = model.state_dict().keys()
