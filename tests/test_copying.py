@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mpruner_dist.checkpoints.copying import copy_tensors
-from mpruner_dist.checkpoints.export import Weight, export_weights, match_names
+from mpruner_dist.checkpoints.export import NOT_ASKED_FOR, Weight, export_weights, match_names
 from mpruner_dist.checkpoints.folder import INDEX_NAME, CheckpointFolder, index_json, read_checkpoint, shard_name
 from mpruner_dist.checkpoints.header import read_header
 from mpruner_dist.checkpoints.stored import Piece, StoredTensor
@@ -228,6 +228,34 @@ def test_a_tensor_that_is_no_parameter_is_refused_by_name(tiny: tuple[Tiny, Chec
     del model.model.norm
     with pytest.raises(StageFailure, match=r"model: tensor norm \(F32\) is no parameter of the model in memory"):
         match_names(model, checkpoint, "model")
+
+
+def test_a_parameter_that_no_tensor_is_for_is_refused_by_name(tiny: tuple[Tiny, CheckpointFolder]) -> None:
+    """However the tensors are explained away: what is trained must be written."""
+    model, checkpoint = tiny
+    with pytest.raises(StageFailure, match=r"model: no tensor is the model's parameter model\.norm, so that its"):
+        match_names(model, checkpoint, "model", unasked=["norm"])
+    model.model.norm.requires_grad_(False)
+    assert match_names(model, checkpoint, "model", unasked=["norm"]).keys() == checkpoint.tensors.keys() - {"norm"}
+
+
+def test_what_the_model_does_not_ask_for_stays_whatever_its_number_type(
+    tiny: tuple[Tiny, CheckpointFolder], tmp_path: Path
+) -> None:
+    model, checkpoint = tiny
+    shard = next(iter(checkpoint.shards))
+    more = {"old.scale": torch.randn(3, 5).to(torch.float8_e4m3fn), "old.empty": torch.empty(0)}
+    save_file(load_file(checkpoint.path / shard) | more, checkpoint.path / shard, {"format": "pt"})
+    files = {name: read_header(checkpoint.path / name) for name in checkpoint.shards}
+    (checkpoint.path / INDEX_NAME).write_text(json.dumps(index_json(files)))
+    checkpoint = read_checkpoint(checkpoint.path)
+    with pytest.raises(StageFailure, match=r"model: tensor old\.\w+ \(F\w+\) is no parameter of the model in memory"):
+        match_names(model, checkpoint, "model")
+    parameters = match_names(model, checkpoint, "model", unasked=more)
+    weights = {name: Weight(parameter) for name, parameter in parameters.items()} | dict.fromkeys(more, NOT_ASKED_FOR)
+    counts = export_weights(weights, checkpoint, tmp_path / "out", whole, is_writer=True)
+    assert contents(tmp_path / "out") == contents(checkpoint.path)
+    assert (counts.frozen_tensors, counts.frozen_parameters, counts.proved_tensors) == (2, 15, 0)
 
 
 def test_a_weight_that_was_not_gathered_is_refused_by_name(tiny: tuple[Tiny, CheckpointFolder], tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +12,24 @@ import pytest
 import torch
 import transformers
 from conftest import WORDS, make_tokenizer, on_ranks, settings_for, write_config
+from safetensors.torch import load_file, save_file
 
+from mpruner_dist.checkpoints.export import export_weights
+from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.cluster.settings import inference_settings
 from mpruner_dist.cluster.worker import Worker
-from mpruner_dist.config import Config
+from mpruner_dist.config import Config, RetrainConfig
 from mpruner_dist.data.pairs import Pairs, make_pairs
 from mpruner_dist.data.parts import load_part, save_part
 from mpruner_dist.errors import UserError
 from mpruner_dist.evaluation.generation import compared, generate
 from mpruner_dist.models.blocks import skipped
 from mpruner_dist.models.engines import inference_engine
+from mpruner_dist.models.loading import load_model
 from mpruner_dist.models.scoring import score_part
 from mpruner_dist.models.stacks import run_blocks, run_stacks, series_of_blocks
 from mpruner_dist.plan import Plan
+from mpruner_dist.retraining.preparation import prepare_model, trainable
 from mpruner_dist.rewriting.proof import verify_checkpoint
 from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
 from mpruner_dist.tasks import task_of
@@ -162,6 +169,45 @@ def test_skipped_blocks_are_as_if_rewritten(family: str, tmp_path: Path) -> None
             small.generate(input_ids=ids, max_new_tokens=6, do_sample=False, use_cache=use) for use in (True, False)
         ]
     assert said[0].tolist() == said[1].tolist()
+
+
+OLD = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_a_tensor_of_the_first_t5_that_no_model_asks_for_is_kept(
+    folder: Path, tmp_path: Path, lora: dict[str, Any] | None
+) -> None:
+    shutil.copytree(folder / "model", tmp_path / "model")
+    file = "model.safetensors"
+    old = torch.randn(32, 4)
+    save_file(load_file(tmp_path / "model" / file) | {OLD: old}, tmp_path / "model" / file, {"format": "pt"})
+    rewrite_checkpoint(tmp_path / "model", tmp_path / "pruned", Plan.keeping(9, [0, 1, 2, 4, 6, 7, 8]))
+    before = load_file(tmp_path / "pruned" / file)
+    assert torch.equal(before[OLD], old)
+    pruned = read_checkpoint(tmp_path / "pruned")
+    model: Any = load_model(tmp_path / "pruned", "float32", kind="AutoModelForSeq2SeqLM")
+    weights = prepare_model(model, pruned, RetrainConfig.model_validate({"lora": lora}), None)
+    for parameter in trainable(model):
+        parameter.data += 0.1
+    counts = export_weights(weights, pruned, tmp_path / "out", lambda *_: nullcontext(), is_writer=True)
+    after = load_file(tmp_path / "out" / file)
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert OLD in same
+    assert len(before) - len(same) == counts.changed_tensors > 0
+    assert lora is not None or same == {OLD}
+    verify_checkpoint(tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["marian", "pegasus"])
+def test_computed_positions_are_not_trained(family: str, tmp_path: Path) -> None:
+    """Marian's lie in no file, so that what they learnt would be lost."""
+    make(FAMILIES[family], tmp_path)
+    model: Any = load_model(tmp_path, "float32", kind="AutoModelForSeq2SeqLM")
+    weights = prepare_model(model, read_checkpoint(tmp_path), RetrainConfig(), None)
+    assert weights.keys() == read_checkpoint(tmp_path).tensors.keys()
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight"]
 
 
 def test_a_plan_for_another_number_of_layers_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from mpruner_dist.config import PlanConfig
 from mpruner_dist.errors import UserError
 from mpruner_dist.exchange import layer_reduction, mergekit_plan, read_any_plan
 from mpruner_dist.models.serving import PATTERNS, kinds_and_pattern, portability
+from mpruner_dist.models.stacks import run_stacks
 from mpruner_dist.plan import nearest_matching
 from mpruner_dist.planning.planner import make_plan
 from mpruner_dist.rewriting.export import export_plan
@@ -34,6 +35,25 @@ def test_a_plan_comes_back_from_every_form(tmp_path: Path, kept: list[int]) -> N
         export_plan(tmp_path / "model", kept, tmp_path / "plan.txt")
     with pytest.raises(UserError, match="stacks by name"):
         export_plan(tmp_path / "model", {"layers": kept}, tmp_path / "plan.yaml")
+
+
+@pytest.mark.parametrize("family", ["t5", "resnet"])
+@pytest.mark.parametrize("name", ["plan.yaml", "plan.json"])
+def test_several_stacks_are_refused_before_anything_is_written(
+    tmp_path: Path, command: Any, family: str, name: str
+) -> None:
+    """Their layers, counted one after another, mean nothing to other tools."""
+    model = make_family(family, tmp_path / "model")
+    depth = sum(stack.depth for stack in run_stacks(model))
+    (tmp_path / "run.json").write_text(json.dumps({"num_layers": depth, "kept": list(range(depth))}))
+    code, output = command(
+        "rewrite", tmp_path / "model", tmp_path / "small", "--plan", tmp_path / "run.json", "--export", tmp_path / name
+    )
+    assert code == 2
+    assert f"knows plans for several stacks, and a model of type '{family}' has encoder" in output.replace(
+        "resnet.e", "e"
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "run.json"}
 
 
 def test_ranges_of_mergekit_end_before_their_second_number() -> None:

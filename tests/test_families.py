@@ -10,11 +10,11 @@ import transformers
 from families import DECODERS, inputs_of, make_family
 from safetensors.torch import load_file, save_file
 
-from mpruner_dist.errors import UserError
+from mpruner_dist.errors import StageFailure, UserError
 from mpruner_dist.models.blocks import skipped
 from mpruner_dist.models.stacks import choose_stacks, find_stacks
-from mpruner_dist.plan import parse_layers
-from mpruner_dist.rewriting.proof import verify_checkpoint
+from mpruner_dist.plan import Plan, parse_layers
+from mpruner_dist.rewriting.proof import compare_logits, verify_checkpoint
 from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
 
 KEPT = {
@@ -86,6 +86,42 @@ def test_other_models(kind: str, kept: dict[str, list[int]], tmp_path: Path) -> 
     rewrite_checkpoint(tmp_path / "model", tmp_path / "small", named)
     check(tmp_path / "model", tmp_path / "small", named, generates=kind in ("gemma3", "bart", "t5"))
     verify_checkpoint(tmp_path / "small")
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture"),
+    [
+        ("t5", None), ("bart", None), ("bert", None), ("bert", "BertForSequenceClassification"), ("bert", "BertModel"),
+        ("gpt2", "GPT2ForSequenceClassification"),
+    ],
+)  # fmt: skip
+def test_verify_runs_any_model_of_text_beside_its_original(kind: str, architecture: str | None, tmp_path: Path) -> None:
+    model = make_family(kind, tmp_path / "model")
+    if architecture is not None:
+        getattr(transformers, architecture)(model.config).save_pretrained(tmp_path / "model")
+    depth = sum(stack.depth for stack in find_stacks(model))
+    kept = [layer for layer in range(depth) if layer not in (1, depth - 2)]
+    rewrite_checkpoint(tmp_path / "model", tmp_path / "small", Plan.keeping(depth, kept))
+    assert compare_logits(tmp_path / "small", tmp_path / "model") < 1e-5
+    tensors = load_file(tmp_path / "small" / "model.safetensors")
+    changed = {name: tensor + 0.1 for name, tensor in tensors.items()}
+    save_file(changed, tmp_path / "small" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(StageFailure, match=rf"with layers \[1, {depth - 2}\] skipped"):
+        compare_logits(tmp_path / "small", tmp_path / "model")
+
+
+@pytest.mark.parametrize(("kind", "reads"), [("resnet", "pixel_values"), ("whisper", "input_features")])
+def test_verify_runs_no_other_beside_its_original(kind: str, reads: str, tmp_path: Path) -> None:
+    make_family(kind, tmp_path / "model")
+    with pytest.raises(UserError, match=f"only models of text are run beside their original, and .* reads {reads}"):
+        compare_logits(tmp_path / "model", tmp_path / "model")
+
+
+def test_a_map_of_one_of_several_stacks_does_not_say_which(tmp_path: Path) -> None:
+    make_family("bart", tmp_path / "model")
+    rewrite_checkpoint(tmp_path / "model", tmp_path / "small", {"encoder": [0, 2]})
+    with pytest.raises(UserError, match=r"layer_map\.json does not say which layers were kept"):
+        compare_logits(tmp_path / "small", tmp_path / "model")
 
 
 @pytest.mark.parametrize(

@@ -7,24 +7,28 @@ from typing import Any
 
 import pytest
 from conftest import make_model
+from families import make_family
 
 from mpruner_dist.config import PlanConfig, RoundsConfig
 from mpruner_dist.errors import UserError
 from mpruner_dist.plan import Plan, read_plan
 from mpruner_dist.reporting.choice import choice
+from mpruner_dist.rewriting.proof import compare_logits
 from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
 from mpruner_dist.runs.commit import write_json
 from mpruner_dist.runs.folder import RunFolder, open_run
 from mpruner_dist.steps.result import result
 
 
-def make_rounds(folder: Path, source: Path, kept: list[list[int]]) -> None:
-    """Accepted rounds, one after another."""
+def make_rounds(folder: Path, source: Path, kept: list[list[int]], depths: list[int] | None = None) -> None:
+    """Accepted rounds, one after another; `depths` of a T5's stacks."""
     entries = []
     for number, layers in enumerate(kept, start=1):
-        name, depth = f"round-{number:02d}", 8 if number == 1 else len(kept[number - 2])
-        rewrite_checkpoint(source, folder / name / "pruned", layers)
-        write_json(folder / name / "cka.json", {"layers": [f"model.layers.{layer}" for layer in range(depth)]})
+        name, depth = f"round-{number:02d}", sum(depths or [8]) if number == 1 else len(kept[number - 2])
+        rewrite_checkpoint(source, folder / name / "pruned", Plan.keeping(depth, layers))
+        stacks = dict(zip(("encoder.block", "decoder.block"), depths or [], strict=False))
+        layers_before = [f"model.layers.{layer}" for layer in range(depth)]
+        write_json(folder / name / "cka.json", {"layers": layers_before, "stacks": stacks})
         write_json(folder / name / "plan.json", Plan.keeping(depth, layers).model_dump())
         entries.append({"round": number, "folder": name, "accepted": True, "seconds": 1.0, "why": "at most 10 %"})
         source = folder / name / "pruned"
@@ -51,6 +55,22 @@ def test_the_result_tells_of_the_layers_of_the_original(tmp_path: Path, source: 
         walk(folder)
     assert read_plan(tmp_path / "run/plan.json").kept == [0, 3, 4, 7]
     assert json.loads((tmp_path / "run/pruned/layer_map.json").read_text())["new_to_old"] == [0, 3, 4, 7]
+
+
+def test_the_result_tells_of_the_stacks_of_the_original(tmp_path: Path) -> None:
+    """In the form that one walk leaves, so that the result can be held against the original."""
+    make_family("t5", tmp_path / "model")  # 5 blocks in the encoder, 4 in the decoder
+    with open_run(tmp_path / "run", "") as folder:
+        make_rounds(folder.path, tmp_path / "model", [[0, 1, 3, 4, 5, 6, 8], [0, 2, 3, 4, 6]], [5, 4])
+        walk(folder)
+    kept = [0, 3, 4, 5, 8]
+    assert read_plan(tmp_path / "run/plan.json").kept == kept
+    rewrite_checkpoint(tmp_path / "model", tmp_path / "at once", Plan.keeping(9, kept))
+    maps = [json.loads((tmp_path / name / "layer_map.json").read_text()) for name in ("run/pruned", "at once")]
+    assert maps[0]["stacks"]["decoder.block"] == {"old_to_new": {"0": 0, "3": 1}, "new_to_old": [0, 3]}
+    assert all(layers.pop("request") for layers in maps)
+    assert maps[0] == maps[1]
+    assert compare_logits(tmp_path / "run/pruned", tmp_path / "model") < 1e-5
 
 
 def test_only_other_models_make_another_result(tmp_path: Path, source: Path) -> None:

@@ -1,5 +1,7 @@
 """Weights read slice by slice are those that transformers reads whole, and DeepSpeed works with them."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,24 @@ from safetensors.torch import load_file, save_file
 
 from mpruner_dist.cluster.engine import gathered, make_engine
 from mpruner_dist.config import ModelConfig
+from mpruner_dist.config.task import FACTS
 from mpruner_dist.errors import UserError
 from mpruner_dist.models.engines import load_for
 
 pytestmark = pytest.mark.ray  # as slow as those that start Ray: several processes import DeepSpeed
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 128, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64,
+    "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": 2,
+}  # fmt: skip
+OF_TWO_STACKS = {
+    "t5": transformers.T5Config(
+        vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
+    ),
+    "marian": transformers.MarianConfig(**SIZES),
+    "bart": transformers.BartConfig(bos_token_id=1, **SIZES),
+}
 FAMILIES = ["llama", "qwen3", "gemma2", "gpt2", "gpt_neox", "opt", "bloom", "mixtral"]
 IDS = torch.arange(1, 25).view(2, 12)
 
@@ -28,17 +43,26 @@ def inference(dtype: str = "float32", **zero: Any) -> dict[str, Any]:
     }
 
 
-def load(folder: Path, settings: dict[str, Any], dtype: str = "float32", head: bool = True) -> tuple[Any, list[str]]:
+def load(
+    folder: Path, settings: dict[str, Any], dtype: str = "float32", head: bool = True, **model: Any
+) -> tuple[Any, list[str]]:
     told: list[str] = []
-    return load_for(settings, folder, ModelConfig(path=str(folder), dtype=dtype), told.append, head=head), told
+    return load_for(settings, folder, ModelConfig(path=str(folder), dtype=dtype, **model), told.append, head=head), told
 
 
-def expect_same(folder: Path, dtype: str = "float32", head: bool = True, **zero: Any) -> list[str]:
-    """Every parameter and buffer to the last bit, and the output of a forward pass; returns what was logged."""
-    kind = transformers.AutoModelForCausalLM if head else transformers.AutoModel
+def expect_same(
+    folder: Path, dtype: str = "float32", head: bool = True, task: Any = "causal-lm", **zero: Any
+) -> list[str]:
+    """Every parameter and buffer to the last bit, how it generates, and the output of a forward pass.
+
+    Returns:
+        What was logged.
+    """
+    kind = getattr(transformers, FACTS[task].auto_class) if head else transformers.AutoModel
     whole = kind.from_pretrained(folder, dtype=dtype).eval()
     settings = inference(dtype, **zero)
-    model, told = load(folder, settings, dtype, head)
+    model, told = load(folder, settings, dtype, head, task=task)
+    inputs = {"input_ids": IDS} | ({"decoder_input_ids": IDS[:, :5]} if whole.config.is_encoder_decoder else {})
     expected = dict(whole.named_parameters())
     assert dict(model.named_parameters()).keys() == expected.keys()
     buffers = dict(whole.named_buffers())
@@ -52,11 +76,14 @@ def expect_same(folder: Path, dtype: str = "float32", head: bool = True, **zero:
             assert parameter.dtype == expected[name].dtype, name
             assert torch.equal(parameter, expected[name]), name
     assert model.dtype == whole.dtype
+    assert model.can_generate() == whole.can_generate()
+    if whole.can_generate():
+        assert model.generation_config.to_dict() == whole.generation_config.to_dict()
     assert model.config._attn_implementation == whole.config._attn_implementation
     engine = make_engine(model, settings)
     engine.eval()
     with torch.no_grad():
-        got, wanted = engine(input_ids=IDS)[0], whole(input_ids=IDS)[0]
+        got, wanted = engine(**inputs)[0], whole(**inputs)[0]
     assert torch.equal(got, wanted), (got - wanted).abs().max()
     return told
 
@@ -74,6 +101,20 @@ def every_family(folder: Path) -> None:
     assert expect_same(folder / "tied") == []
     assert expect_same(folder / "gpt2", head=False) == []
     assert expect_same(folder / "llama", offload_param={"device": "cpu"}) == []
+
+
+def of_two_stacks(folder: Path) -> None:
+    for kind in OF_TWO_STACKS:
+        for dtype in ("float32", "bfloat16"):
+            assert expect_same(folder / kind, dtype, task="sequence-to-sequence") == [], (kind, dtype)
+    for folder_of_bart in (folder / "bart", folder / "old"):
+        model, _ = load(folder_of_bart, inference(), task="sequence-to-sequence")
+        assert model.generation_config.num_beams == 3
+        assert model.generation_config.max_length == 17
+    assert expect_same(folder / "old", task="sequence-to-sequence") == []
+    assert expect_same(folder / "marian", head=False, task="sequence-to-sequence") == []
+    _, told = load(folder / "t5", inference("float16"), "float16", task="sequence-to-sequence")
+    assert "in float16 it keeps modules such as wo in float32" in told[0]
 
 
 def loss_of(engine: Any) -> float:
@@ -150,6 +191,21 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_ranks_hold_every_family_as_transformers_does(models: Path) -> None:
     on_ranks(2, every_family, models)
+
+
+def test_encoder_decoders_are_held_and_generate_as_transformers_has_it(tmp_path: Path) -> None:
+    """How it generates lies in a file of its own, or in the configuration, as in old folders."""
+    for kind, config in OF_TWO_STACKS.items():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForSeq2SeqLM.from_config(config)
+        if kind == "bart":
+            model.generation_config.update(num_beams=3, max_length=17)
+        model.save_pretrained(tmp_path / kind)
+    shutil.copytree(tmp_path / "bart", tmp_path / "old")
+    (tmp_path / "old" / "generation_config.json").unlink()
+    stored = json.loads((tmp_path / "old" / "config.json").read_text()) | {"num_beams": 3, "max_length": 17}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(stored))
+    on_ranks(2, of_two_stacks, tmp_path)
 
 
 def test_three_ranks_and_sizes_that_do_not_divide(models: Path) -> None:

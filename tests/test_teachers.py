@@ -74,6 +74,18 @@ def test_hidden_states_of_stages_need_the_same_widths_and_depths(tmp_path: Path)
         require("wider")
 
 
+def test_only_what_predicts_classes_needs_the_same(tmp_path: Path) -> None:
+    """Names of classes stand in every configuration, used or not."""
+    for name, labels in (("model", ["no", "yes"]), ("teacher", ["a", "b", "c"])):
+        config = transformers.T5Config(vocab_size=128, num_labels=len(labels), id2label=dict(enumerate(labels)))
+        config.save_pretrained(tmp_path / name)
+        make_tokenizer(tmp_path / name)
+    config, folders = DistillationConfig(), (tmp_path / "teacher", tmp_path / "model")
+    require_fitting_teacher(*folders, config, task="sequence-to-sequence")
+    with pytest.raises(UserError, match=r"has the classes \['a', 'b', 'c'\], the model \['no', 'yes'\]"):
+        require_fitting_teacher(*folders, config, task="text-classification")
+
+
 def test_more_words_than_there_are_are_refused(tiny: Path) -> None:
     assert "top_k 129 is more than the 128 words" in refusal(tiny / "model", tiny, top_k=129)
 

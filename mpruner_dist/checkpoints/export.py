@@ -1,9 +1,9 @@
 """The weights of a live model as a copy of the folder it was loaded from: same files, same names, new values."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +30,11 @@ class Weight:
     """What `added` is made of."""
     added: Callable[[], torch.Tensor] | None = None
     """What is to be added to a frozen value."""
+    asked: bool = True
+    """False: the model does not ask for the tensor, such as one that older versions saved; its bytes stay."""
+
+
+NOT_ASKED_FOR = Weight(torch.empty(0), frozen=True, asked=False)
 
 
 @dataclass
@@ -47,23 +52,30 @@ class Exported:
 
 
 def match_names(
-    model: torch.nn.Module, checkpoint: CheckpointFolder, base: str, renamed: dict[str, str] | None = None
+    model: torch.nn.Module,
+    checkpoint: CheckpointFolder,
+    base: str,
+    renamed: dict[str, str] | None = None,
+    unasked: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
-    """The parameter, or the buffer, of every tensor in the checkpoint.
+    """The parameter, or the buffer, of every tensor in the checkpoint that the model asks for.
 
     Args:
         model: in memory.
         checkpoint: that it was loaded from.
         base: the model's own name, which names in the checkpoint may leave out.
         renamed: other names that tensors have in memory.
+        unasked: tensors that were not loaded.
 
     Raises:
-        StageFailure: a tensor that is no parameter of the model under its name.
+        StageFailure: a tensor that is no parameter of the model under its name, or a parameter that has no tensor.
     """
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
     matched = {}
     for name, info in checkpoint.tensors.items():
+        if name in unasked:
+            continue
         known = (name, f"{base}.{name}", (renamed or {}).get(name, name))
         parameter = next((tensors[some] for some in known if some in tensors), None)
         if parameter is None or info.dtype not in TORCH_DTYPES:
@@ -72,6 +84,13 @@ def match_names(
                 "retrained value could not be written back: this family cannot be retrained yet"
             )
         matched[name] = parameter
+    written = {id(parameter) for parameter in matched.values()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in written:
+            raise StageFailure(
+                f"{checkpoint.path}: no tensor is the model's parameter {name}, so that its retrained value could not "
+                "be written back: this family cannot be retrained yet"
+            )
     return matched
 
 
@@ -108,7 +127,13 @@ def export_weights(
 
 
 def _new_value(weight: Weight, info: TensorInfo, path: Path, counts: Exported) -> torch.Tensor:
-    """The tensor to write, flat, in the dtype of the file."""
+    """The tensor to write, flat, in the dtype of the file, or its bytes."""
+    if not weight.asked:  # whatever its dtype is
+        stored = torch.empty(info.num_bytes, dtype=torch.uint8)
+        read_slice(path, replace(info, dtype="U8"), 0, stored)
+        counts.frozen_tensors += 1
+        counts.frozen_parameters += info.num_elements
+        return stored
     name, parameter = info.name, weight.parameter.detach()
     if tuple(parameter.shape) != info.shape:  # such as [0]: ZeRO-3 leaves that of a weight that was not gathered
         raise StageFailure(f"{name} has shape {list(parameter.shape)} in memory and {list(info.shape)} in {path}")

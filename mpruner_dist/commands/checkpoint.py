@@ -61,12 +61,16 @@ def rewrite(
     if universal and (max_shard_size or drop_mtp):
         raise UserError("--universal writes no shards: leave out --max-shard-size and --drop-mtp")
     if export:
-        foreign_form(export)  # before the work
+        foreign_form(export)  # before anything is fetched
     kept = read_any_plan(plan_file) if plan_file else parse_keep(keep or [])
     size = parse_size(max_shard_size) if max_shard_size else None
     given: dict[str, Any] = {"config_folder": config_folder, "preserve_pattern": preserve_pattern}
     given["trust_remote_code"] = trust_remote_code
     folder = resolve_source(source, None)
+    if export:
+        from mpruner_dist.rewriting.export import require_one_stack
+
+        require_one_stack(folder, kept, export, config_folder, trust_remote_code)  # before the work
     request = Request(open_checkpoint(folder, config_folder).fingerprint(), kept, size, drop_mtp, preserve_pattern)
     if is_finished(request, target) and not export:  # before the seconds that torch takes to start
         typer.echo(f"{target}: done before")

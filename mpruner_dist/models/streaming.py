@@ -45,16 +45,30 @@ def stream_model(
     model = _without_weights(folder, dtype, kind if head else "AutoModel", trust_remote_code)
     _require_plain(model, dtype)
     tensors = _names_in_model(model, checkpoint)
-    sources = _sources(model, tensors)
+    computed = _computed(model, tensors)
+    sources = _sources(model, tensors, computed)
     where = {name: folder / shard for shard, header in checkpoint.shards.items() for name in header.tensors}
 
     def fill(name: str, begin: int, target: torch.Tensor) -> None:
+        if name in computed:
+            target.copy_(computed[name].view(-1)[begin : begin + len(target)])
+            return
         read_slice(where[sources[name].name], sources[name], begin, target)
 
     partition_parameters(model, settings, fill)
     _read_buffers(model, tensors, where)
+    if model.can_generate():
+        model.generation_config = _generation_config(folder)
     model.config.use_cache = False
     return model.eval()
+
+
+def _generation_config(folder: Path) -> Any:
+    """What `from_pretrained` reads: older folders say in config.json how to generate."""
+    read = transformers.GenerationConfig.from_pretrained
+    if (folder / transformers.utils.GENERATION_CONFIG_NAME).is_file():
+        return read(folder)
+    return read(folder, config_file_name=transformers.utils.CONFIG_NAME, _from_model_config=True)
 
 
 def _without_weights(folder: Path, dtype: str, kind: str, trust_remote_code: bool) -> Any:
@@ -69,9 +83,9 @@ def _without_weights(folder: Path, dtype: str, kind: str, trust_remote_code: boo
 def _require_plain(model: Any, dtype: str) -> None:
     if getattr(model.config, "quantization_config", None) is not None:
         raise CannotStream("its weights are quantised")
-    kept = [name for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict") if getattr(model, name, None)]
-    if kept and dtype != "float32":
-        raise CannotStream(f"it keeps some modules in float32 ({kept[0]})")
+    kept = list(model._get_dtype_plan(getattr(torch, dtype)))  # in bfloat16 fewer families keep any than in float16
+    if kept:
+        raise CannotStream(f"in {dtype} it keeps modules such as {kept[0]} in float32")
 
 
 def _names_in_model(model: Any, checkpoint: CheckpointFolder) -> dict[str, TensorInfo]:
@@ -84,13 +98,24 @@ def _names_in_model(model: Any, checkpoint: CheckpointFolder) -> dict[str, Tenso
     return renamed
 
 
-def _sources(model: Any, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The tensor of each parameter, by the first name of a parameter that has several."""
+def _computed(model: Any, tensors: dict[str, TensorInfo]) -> dict[str, torch.Tensor]:
+    """Positions that lie in no file, such as Marian's, as their own class computes them."""
+    return {
+        f"{name}.weight": module.create_weight()
+        for name, module in model.named_modules()
+        if hasattr(module, "create_weight") and f"{name}.weight" not in tensors
+    }
+
+
+def _sources(model: Any, tensors: dict[str, TensorInfo], computed: dict[str, torch.Tensor]) -> dict[str, TensorInfo]:
+    """The tensor of each parameter that is not computed, by the first name of a parameter that has several."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     sources = {}
     for name, parameter in model.named_parameters():
+        if name in computed:
+            continue
         info = next((tensors[tied] for tied in names[id(parameter)] if tied in tensors), None)
         if info is None:
             raise CannotStream(f"it has no tensor {name}")

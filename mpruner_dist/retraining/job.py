@@ -63,6 +63,9 @@ def retrain_job(worker: Worker, spec: dict[str, Any]) -> None:
     teacher = make_teacher(worker, settings, config, spec)
     model = load_for(settings, pruned.path, config.model, worker.log)
     weights = prepare_model(model, pruned, retrain, spec["layers"])
+    unasked = [name for name, weight in weights.items() if not weight.asked]
+    if unasked:
+        worker.say(f"the model does not ask for {len(unasked)} tensors, such as {unasked[0]}: they stay as they are")
     engine = make_engine(model, loading_settings(found, settings), trainable(model))
     trainer = Trainer(worker, engine, task_of(config.model), teacher, retrain, Path(spec["work"]))
     trainer.run(load_part(spec["train"]), load_part(spec["validation"]), config.evaluate.batch_size, found)

@@ -34,7 +34,7 @@ def require_fitting_teacher(
         return
     where = f"retrain.distillation.teacher {teacher}"
     theirs = read_config(teacher, trust_remote_code).get_text_config()
-    if task != "causal-lm" and theirs.id2label != mine.id2label:
+    if FACTS[task].unit != "token" and theirs.id2label != mine.id2label:
         raise UserError(
             f"{where} has the classes {list(theirs.id2label.values())}, the model {list(mine.id2label.values())}: "
             "their predictions cannot be compared"

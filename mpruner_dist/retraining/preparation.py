@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from mpruner_dist.checkpoints.export import Weight, match_names
+from mpruner_dist.checkpoints.export import NOT_ASKED_FOR, Weight, match_names
 from mpruner_dist.checkpoints.folder import CheckpointFolder
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import RetrainConfig
@@ -34,9 +34,14 @@ def prepare_model(
         UserError: the model cannot do what is asked for.
         StageFailure: a tensor that could not be written back.
     """
+    for module in model.modules():
+        if hasattr(module, "create_weight"):  # positions that Marian and Pegasus compute; transformers forgets it
+            module.requires_grad_(False)
     # what is merged or split on the way cannot be written back
     renamed = {name: key for name, (key, merged) in model_names(model, pruned.tensors).items() if merged is None}
-    parameters = match_names(model, pruned, str(model.base_model_prefix), renamed)
+    state = model.state_dict().keys()
+    unasked = [name for name, key in renamed.items() if key not in state]
+    parameters = match_names(model, pruned, str(model.base_model_prefix), renamed, unasked)
     if layers is not None:
         model.requires_grad_(False)
         blocks = run_blocks(model)
@@ -60,7 +65,7 @@ def prepare_model(
         if weight.parameter.requires_grad or id(weight.parameter) in moving
         else Weight(weight.parameter, True, weight.beside, weight.added)
         for name, weight in weights.items()
-    }
+    } | dict.fromkeys(unasked, NOT_ASKED_FOR)
 
 
 def running_means(model: torch.nn.Module) -> dict[str, torch.Tensor]:

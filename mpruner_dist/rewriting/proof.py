@@ -9,9 +9,9 @@ import torch
 
 from mpruner_dist.checkpoints.folder import INDEX_NAME, SINGLE_NAME, CheckpointFolder, read_checkpoint
 from mpruner_dist.errors import StageFailure, UserError
-from mpruner_dist.models.blocks import num_layers, skipped
-from mpruner_dist.models.loading import key_problems, load_model, read_config
-from mpruner_dist.models.stacks import only_blocks
+from mpruner_dist.models.blocks import skipped
+from mpruner_dist.models.loading import empty_model, key_problems, load_model, model_class, read_config
+from mpruner_dist.models.stacks import Stack, run_blocks, run_stacks
 from mpruner_dist.rewriting.finished import LAYER_MAP
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
@@ -62,21 +62,23 @@ def verify_checkpoint(folder: Path, trust_remote_code: bool = False) -> Checkpoi
 
 
 def compare_logits(folder: Path, original: Path, trust_remote_code: bool = False) -> float:
-    """Run a pruned causal language model beside its original with the layers skipped, one after the other in memory.
+    """Run a pruned model beside its original with the layers skipped, one after the other in memory.
 
     Returns:
         The largest difference of a logit, as a share of the largest.
 
     Raises:
-        UserError: the folder does not say which layers of a single stack it kept.
+        UserError: the model reads no text, or the folder does not say which of its layers were kept.
         StageFailure: it is too large.
     """
-    try:
-        kept = json.loads((folder / LAYER_MAP).read_text())["new_to_old"]
-    except (OSError, ValueError, KeyError) as reason:
-        raise UserError(f"{folder}/{LAYER_MAP} does not say which layers were kept: {reason}") from reason
-    depth = num_layers(read_config(original, trust_remote_code))
-    dropped = [layer for layer in range(depth) if layer not in kept]
+    config = read_config(original, trust_remote_code)
+    model = empty_model(config, trust_remote_code)
+    if model.main_input_name != "input_ids":
+        raise UserError(
+            f"--against {original}: only models of text are run beside their original, and {type(model).__name__} "
+            f"reads {model.main_input_name}; without --against names and shapes are verified"
+        )
+    dropped = _dropped(folder, run_stacks(model))
     expected = _logits(original, dropped, trust_remote_code)
     found = _logits(folder, [], trust_remote_code)
     error = (expected.double() - found.double()).abs().max().item() / expected.abs().max().item()
@@ -89,10 +91,24 @@ def compare_logits(folder: Path, original: Path, trust_remote_code: bool = False
     return error
 
 
+def _dropped(folder: Path, stacks: list[Stack]) -> list[int]:
+    """The layers of the original that a folder left out, counted over these stacks of the original."""
+    try:
+        told = json.loads((folder / LAYER_MAP).read_text())
+        maps = told["stacks"] if len(stacks) > 1 else {stacks[0].name: told}
+        kept = [maps[stack.name]["new_to_old"] for stack in stacks]
+    except (OSError, ValueError, KeyError, TypeError) as reason:
+        raise UserError(f"{folder}/{LAYER_MAP} does not say which layers were kept: {reason}") from reason
+    here = [layer in layers for stack, layers in zip(stacks, kept, strict=True) for layer in range(stack.depth)]
+    return [layer for layer, stays in enumerate(here) if not stays]
+
+
 def _logits(folder: Path, skip: list[int], trust_remote_code: bool) -> torch.Tensor:
-    model: Any = load_model(folder, "auto", trust_remote_code=trust_remote_code)
+    kind = model_class(read_config(folder, trust_remote_code)).__name__
+    model: Any = load_model(folder, "auto", kind=kind, trust_remote_code=trust_remote_code)
     text = model.config.get_text_config()
-    ids = torch.randint(text.vocab_size, (2, PROOF_TOKENS), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), skipped(only_blocks(model), skip):
-        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    ids = torch.randint(text.vocab_size, (1, PROOF_TOKENS), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids.flip(1)} if model.config.is_encoder_decoder else {})
+    with torch.no_grad(), skipped(run_blocks(model), skip):
+        logits: torch.Tensor = model(**inputs)[0]  # of a model without a head, states
     return logits

@@ -38,7 +38,7 @@ def result(road: Road) -> Step:
             for name in files:
                 write_bytes(road.folder / name, (last / name).read_bytes())
             for name in folders:
-                _link_folder(last / name, road.folder / name, plan)
+                _link_folder(last / name, road.folder / name, _layer_map(road, plan))
 
     return inputs, outputs, make
 
@@ -60,15 +60,29 @@ def _plan_in_original_layers(road: Road, accepted: list[dict[str, Any]]) -> Plan
     return Plan.keeping(depth, kept, reasons=reasons, method=road.config.plan.method)
 
 
-def _link_folder(source: Path, target: Path, plan: Plan) -> None:
+def _layer_map(road: Road, plan: Plan) -> dict[str, Any]:
+    """The original's layers in the form that rewriting writes; of several stacks, by name, each counted from 0."""
+    stacks = json.loads((road.folder / "cka.json").read_text())["stacks"]
+    if not stacks:
+        return _numbers(plan.kept)
+    maps, first = {}, 0
+    for name, depth in stacks.items():
+        maps[name] = _numbers([layer - first for layer in plan.kept if first <= layer < first + depth])
+        first += depth
+    return {"stacks": maps}
+
+
+def _numbers(kept: list[int]) -> dict[str, Any]:
+    return {"old_to_new": {str(old): new for new, old in enumerate(kept)}, "new_to_old": kept}
+
+
+def _link_folder(source: Path, target: Path, layer_map: dict[str, Any]) -> None:
     """A folder whose weights are the same files on disk as the round's, with a map from the original's layers."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial, copy_function=_link_weights)
-    layers = json.loads((partial / "layer_map.json").read_text())
-    layers.pop("stacks", None)  # of the last round alone
-    layers |= {"old_to_new": {str(old): new for new, old in enumerate(plan.kept)}, "new_to_old": plan.kept}
-    write_json(partial / "layer_map.json", layers)
+    of_the_round = json.loads((partial / "layer_map.json").read_text())
+    write_json(partial / "layer_map.json", of_the_round | layer_map)
     commit_folder(partial, target)
 
 
