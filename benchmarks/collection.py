@@ -26,7 +26,7 @@ from random_checkpoint import make_checkpoint
 
 from mpruner_dist.config import CollectConfig
 from mpruner_dist.models.loading import load_model
-from mpruner_dist.models.stacks import only_blocks
+from mpruner_dist.models.stacks import run_blocks
 from mpruner_dist.similarity.samples import PERMUTATIONS, draw_samples
 from mpruner_dist.similarity.sums import BatchSums
 from mpruner_dist.similarity.tap import BatchStatistics, LayerTap
@@ -41,7 +41,7 @@ def overhead() -> None:
         parameters = make_checkpoint(Path(folder), "1B")
         model = load_model(Path(folder), "float32", head=False)
     layers = model.config.num_hidden_layers
-    tap = LayerTap(only_blocks(model))
+    tap = LayerTap(run_blocks(model))
     mask = torch.ones(CONFIG.batch_size, TOKENS, dtype=torch.int64)
     seconds: dict[str, list[float]] = {"forward": [], "collection": []}
     sums = BatchSums()

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.errors import StageFailure, UserError
 from mpruner_dist.models.blocks import skipped
-from mpruner_dist.models.stacks import only_blocks
+from mpruner_dist.models.stacks import run_blocks
 from mpruner_dist.rewriting.proof import compare_logits, verify_checkpoint
 from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
 
@@ -30,7 +30,7 @@ WINDOWED = ["sliding_attention", "full_attention"] * 4
 def test_skipping_is_the_same_as_deleting(tmp_path: Path) -> None:
     """The reference of all these tests, held against a plain deletion in memory."""
     model = make_model("llama", tmp_path / "model")
-    blocks = only_blocks(model)
+    blocks = run_blocks(model)
     with torch.no_grad(), skipped(blocks, [2, 5]):
         expected = model(input_ids=IDS, use_cache=False).logits
     del model.model.layers[5], model.model.layers[2]

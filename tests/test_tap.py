@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mpruner_dist.config import CollectConfig
 from mpruner_dist.errors import StageFailure
-from mpruner_dist.models.stacks import only_blocks
+from mpruner_dist.models.stacks import run_blocks
 from mpruner_dist.similarity.finalise import angular_distance, block_influence, cka, top_share, updates_cka
 from mpruner_dist.similarity.hsic import cka_matrix
 from mpruner_dist.similarity.samples import Samples, draw_samples
@@ -280,7 +280,7 @@ def test_images_and_patches_of_a_vision_transformer(unit: str) -> None:
         )
     ).eval()
     pixels = torch.randn(8, 3, 16, 16)
-    blocks = only_blocks(vit)
+    blocks = run_blocks(vit)
     terms = one_pass(vit, blocks, torch.ones(8, 17), unit, pixel_values=pixels)
     with torch.no_grad():
         states = vit(pixels, output_hidden_states=True).hidden_states[1:]

@@ -132,16 +132,6 @@ def series_of_blocks(model: Any) -> list[torch.nn.ModuleList]:
     return [run_blocks(model)]
 
 
-def only_blocks(model: Any) -> Any:
-    """The blocks of a model's only stack, or of the language model inside.
-
-    Raises:
-        UserError: several stacks.
-    """
-    [stack] = choose_stacks(find_stacks(model), model.config, [])
-    return model.get_submodule(stack.name)
-
-
 def config_at(config: Any, path: tuple[str, ...]) -> Any:
     """The configuration that lies at `path` in another."""
     for part in path:
