@@ -26,9 +26,9 @@ from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import LoraConfig, PlanConfig, RetrainConfig
 from mpruner_dist.errors import Fruitless, UserError
 from mpruner_dist.models.blocks import normalisations
-from mpruner_dist.models.loading import load_model, read_config
+from mpruner_dist.models.loading import empty_model, load_model, read_config
 from mpruner_dist.models.naming import layer_names
-from mpruner_dist.models.stacks import run_blocks
+from mpruner_dist.models.stacks import run_blocks, run_stacks
 from mpruner_dist.plan import Plan
 from mpruner_dist.planning.clusters import open_decisions
 from mpruner_dist.planning.planner import make_plan
@@ -37,6 +37,8 @@ from mpruner_dist.retraining.job import require_change
 from mpruner_dist.retraining.preparation import prepare_model, running_means, share_normalisations
 from mpruner_dist.retraining.resume import prepare_resume
 from mpruner_dist.retraining.targets import require_targets
+from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
+from mpruner_dist.rewriting.shrink import Skeleton, pattern_of_places
 from mpruner_dist.similarity.tap import summed_angles
 from mpruner_dist.steps.retrain import retrain
 
@@ -98,6 +100,30 @@ def test_the_layers_of_all_stages_are_counted_in_order(tmp_path: Path) -> None:
     assert all(model.get_submodule(name) is block for name, block in zip(layers, blocks, strict=True))
     sizes = layer_parameters(read_checkpoint(tmp_path), layers)
     assert sizes == [sum(value.numel() for value in block.state_dict().values()) for block in blocks]
+
+
+def test_a_plan_for_swin_keeps_the_pattern_of_its_windows(tmp_path: Path) -> None:
+    """Every second block shifts its windows, by its number: other plans are refused when they are written."""
+    model = make_family("swin", tmp_path / "model")
+    stacks = [stack.depth for stack in run_stacks(model)]
+    config = read_config(tmp_path / "model")
+    whole = Skeleton(read_checkpoint(tmp_path / "model").config, config, empty_model(config))
+    pattern = pattern_of_places(whole)
+    assert pattern is not None
+    depth = sum(stacks)
+    for seed in range(6):
+        asked = PlanConfig(method="partition", keep_layers=depth - 2, protect_first=0, protect_last=0)
+        given: Any = {"stacks": stacks, "config": asked}
+        plan = make_plan(random_cka(seed, depth), pattern=pattern, **given)
+        assert len(plan.kept) == depth - 2
+        rewrite_checkpoint(tmp_path / "model", tmp_path / f"small-{seed}", plan)
+    broken = Plan.keeping(depth, [layer for layer in range(depth) if layer != 5])
+    with pytest.raises(UserError, match=r"shift_size would be .*, was "):
+        rewrite_checkpoint(tmp_path / "model", tmp_path / "refused", broken)
+    for kind in ("vit", "llama", "gemma3_text"):  # a layer keeps its kind, wherever it goes
+        make_family(kind, tmp_path / kind)
+        config = read_config(tmp_path / kind)
+        assert pattern_of_places(Skeleton(read_checkpoint(tmp_path / kind).config, config, empty_model(config))) is None
 
 
 def test_angles_are_measured_between_states_of_equal_width_alone() -> None:

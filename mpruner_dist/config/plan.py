@@ -43,7 +43,8 @@ class PlanConfig(Section):
     """So many of the first and last layers of each stack stay. Of several stacks, such as an encoder and a decoder or
     the stages of a CNN, the first layer of each stays in any case."""
     preserve_pattern: bool = False
-    """Only plans after which serving engines that know a layer's kind by its number are right; see mpruner verify."""
+    """Only plans after which serving engines that know a layer's kind by its number are right, see mpruner verify; and
+    of families that know it so themselves, as Swin does, only plans that can be written."""
     seed: int = 0
     """Of method random."""
     passes: Annotated[int, Field(ge=4)] = 64

@@ -50,7 +50,8 @@ def make_plan(
         losses: of plans on text; needed by the methods greedy and search.
         parameters: of each layer; needed for `target_parameters`.
         other_parameters: of the model outside its layers.
-        pattern: of each layer its kind, and of each place the kind that must stand there; None asks for none.
+        pattern: of each layer its kind, and of each place, counted through the stacks, the kind that must stand there;
+            None asks for none.
         at_least: so many layers stay, even where a threshold lets more go.
         stacks: how many of the layers are in each stack, without which there is one: no cluster leaves its stack.
 
@@ -74,7 +75,7 @@ def make_plan(
     reasons = proposal.reasons
     kept = [layer for layer in range(depth) if layer not in proposal.dropped]
     if pattern is not None:
-        kept = _nearest(kept, pattern, protected_layers(stacks, config))
+        kept = _nearest(kept, pattern, stacks, protected_layers(stacks, config))
         reasons = {layer: reasons.get(layer, INSTEAD) for layer in range(depth) if layer not in kept}
     return Plan.keeping(
         depth,
@@ -128,12 +129,18 @@ def _proposals(budget: Budget, measured: Similarities) -> list[list[int]]:
     return found
 
 
-def _nearest(kept: list[int], pattern: Pattern, protected: set[int]) -> list[int]:
-    """As many layers, in the pattern, and as many of them as possible among those that were to be kept."""
+def _nearest(kept: list[int], pattern: Pattern, stacks: Sequence[int], protected: set[int]) -> list[int]:
+    """As many layers of each stack, in the pattern, as many of them as possible among those that were to be kept."""
     have, need = pattern
-    found = nearest_matching(have, need[: len(kept)], kept)
-    if found is None:
-        raise UserError(f"plan.preserve_pattern: no {len(kept)} layers keep the pattern of kinds; keep more layers")
+    found: list[int] = []
+    first = 0
+    for depth in stacks:
+        mine = [layer - first for layer in kept if first <= layer < first + depth]
+        some = nearest_matching(have[first : first + depth], need[first : first + len(mine)], mine)
+        if some is None:
+            raise UserError(f"plan.preserve_pattern: no {len(mine)} layers keep the pattern of kinds; keep more layers")
+        found += [first + layer for layer in some]
+        first += depth
     lost = sorted(protected - set(found))
     if lost:
         raise UserError(

@@ -9,7 +9,7 @@ from mpruner_dist.errors import UserError
 from mpruner_dist.models.config_fields import shrink_fields
 from mpruner_dist.models.loading import CONFIG_ERRORS, empty_model
 from mpruner_dist.models.signature import Signature, differences, signatures
-from mpruner_dist.models.stacks import DepthField, Stack, config_at, find_stacks
+from mpruner_dist.models.stacks import DepthField, Stack, config_at, find_stacks, run_stacks
 from mpruner_dist.plan import format_layers, nearest_matching
 from mpruner_dist.runs.digest import digest
 
@@ -158,6 +158,24 @@ def _inside(name: str, stacks: list[Stack]) -> bool:
 
 def _signatures(model: Any, stack: Stack, renumbered: Callable[[int], int | None]) -> list[Signature]:
     return signatures(model.get_submodule(stack.name), renumbered)
+
+
+def pattern_of_places(whole: Skeleton, trust_remote_code: bool = False) -> tuple[list[str], list[str]] | None:
+    """The kind of each layer, and the kind that its class makes of each place; None where a layer keeps its kind.
+
+    So it is with Swin, every second block of which shifts its windows: a layer that moves by one becomes another.
+    """
+    have: list[str] = []
+    moves = False
+    for stack in run_stacks(whole.model):
+        kinds = [digest(facts) for facts in _signatures(whole.model, stack, lambda _: 0)]
+        have += kinds
+        if len(set(kinds)) == 1:
+            continue
+        small = _shrink_stack(whole, whole, stack, list(range(1, stack.depth)), trust_remote_code)
+        moved = [digest(facts) for facts in _signatures(small.model, stack, lambda _: 0)]
+        moves = moves or moved != kinds[1:]
+    return (have, have) if moves else None
 
 
 def _nearest(whole: Skeleton, kept: Kept, trust_remote_code: bool) -> str:

@@ -124,7 +124,11 @@ def _judged(road: Road, given: dict[str, Any]) -> Plan:
 
 
 def _pattern(road: Road) -> Any:
-    from mpruner_dist.models.loading import read_config
+    from mpruner_dist.models.loading import empty_model, read_config
     from mpruner_dist.models.serving import kinds_and_pattern
+    from mpruner_dist.rewriting.shrink import Skeleton, pattern_of_places
 
-    return kinds_and_pattern(read_config(road.source, road.config.model.trust_remote_code))
+    remote_code = road.config.model.trust_remote_code
+    config = read_config(road.source, remote_code)
+    whole = Skeleton(road.checkpoint.config, config, empty_model(config, remote_code))
+    return kinds_and_pattern(config) or pattern_of_places(whole, remote_code)
