@@ -1,0 +1,74 @@
+"""Vision families beside ViT and ResNet: what the stages of a run do with their blocks."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import on_ranks
+from families import make_family
+
+from mpruner_dist.checkpoints.folder import read_checkpoint
+from mpruner_dist.cluster.worker import Worker
+from mpruner_dist.config import Config, PlanConfig
+from mpruner_dist.data.images import LabelledImages
+from mpruner_dist.data.parts import save_part
+from mpruner_dist.models.blocks import skipped
+from mpruner_dist.models.loading import empty_model, load_model, read_config
+from mpruner_dist.models.stacks import run_blocks, run_stacks
+from mpruner_dist.planning.planner import make_plan
+from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
+from mpruner_dist.rewriting.shrink import Skeleton, pattern_of_places
+from mpruner_dist.similarity.collect import collect_job
+from mpruner_dist.similarity.stage import write_cka
+
+KIND = "AutoModelForImageClassification"
+
+
+def config_for(folder: Path) -> Config:
+    return Config.model_validate({
+        "model": {"path": str(folder / "model"), "task": "image-classification"},
+        "data": {part: {"path": part} for part in ("calibration", "test")},
+        "collect": {"unit": "image", "batch_size": 8, "num_batches": 3, "samples": 8, "outlier_norm": None},
+    })  # fmt: skip
+
+
+def collect(folder: Path) -> None:
+    (folder / "logs").mkdir()
+    (folder / "sums").mkdir()
+    worker = Worker(0, 1, 0, 1, "cpu", folder / "logs", "collect")
+    collect_job(worker, {
+        "config": config_for(folder), "model": folder / "model", "blocks": folder / "images.safetensors",
+        "sums": folder / "sums", "deepspeed": {}, "is_settled": None,
+    })  # fmt: skip
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("family", "size", "channels"), [("swin", 64, 3), ("convnext", 64, 3)])
+def test_a_family_of_stages_is_measured_planned_and_rewritten(
+    family: str, size: int, channels: int, tmp_path: Path
+) -> None:
+    model: Any = make_family(family, tmp_path / "model")
+    draw = np.random.default_rng(0)
+    pixels = draw.integers(0, 256, (24, channels, size, size)).astype(np.uint8)
+    half = np.full(channels, 0.5, np.float32)
+    save_part(tmp_path / "images.safetensors", LabelledImages(pixels, np.zeros(24, np.int32), half, half))
+    on_ranks(1, collect, tmp_path)
+    stacks = [stack.depth for stack in run_stacks(model)]
+    names = [f"block {layer}" for layer in range(sum(stacks))]
+    found = write_cka(tmp_path / "sums", names, tmp_path / "cka.json", config_for(tmp_path).collect)
+    assert found["num_samples"] == 24
+    assert np.isfinite(np.array(found["cka"], float)).all()  # of different widths, on the same images
+    config = read_config(tmp_path / "model")
+    whole = Skeleton(read_checkpoint(tmp_path / "model").config, config, empty_model(config))
+    asked = PlanConfig(method="partition", keep_layers=sum(stacks) - 3, protect_first=0, protect_last=0)
+    plan = make_plan(found["cka"], asked, stacks=stacks, pattern=pattern_of_places(whole))
+    assert len(plan.dropped) == 3
+    rewrite_checkpoint(tmp_path / "model", tmp_path / "small", plan)
+    small, original = (load_model(tmp_path / name, "float32", kind=KIND) for name in ("small", "model"))
+    images = torch.from_numpy(pixels[:2]).float() / 255
+    with torch.no_grad(), skipped(run_blocks(original), plan.dropped):
+        expected = original(pixel_values=images).logits
+    with torch.no_grad():
+        torch.testing.assert_close(small(pixel_values=images).logits, expected, rtol=1e-4, atol=1e-5)
