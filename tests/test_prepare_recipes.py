@@ -60,20 +60,23 @@ def test_sentences_that_people_agree_on_are_taken_once(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"movies.jsonl", "source.tar.gz"}
 
 
-def test_bodies_of_mails_are_taken_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mails_that_begin_alike_are_taken_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     archive = mails(tmp_path, [
         ("easy-ham-1", "From: a\nSubject: lunch\n\nAt one?\n\nYours\n"),
         ("hard-ham-1", "From: b\n\nYour caf\xe9\u2019s news"),
         ("spam-1", "From: c\n\nBUY NOW\n"),
         ("spam-2", "From: d\nX-Other: e\n\n  BUY\tNOW"),
         ("spam-2", "From: only a head"),
+        ("spam-2", "From: f\n\n" + 30 * "Win now " + "at 1@example.org"),
+        ("spam-2", "From: f\n\n" + 30 * "Win now " + "at 2@example.org"),
     ])  # fmt: skip
     target = tmp_path / "spam.jsonl"
     texts.write_spam(target, archive)
     assert pairs(target, "text", "label") == [
-        ("At one?\n\nYours", "ham"), ("BUY NOW", "spam"), ("Your caf\xe9\u2019s news", "ham"),
+        ("At one?\n\nYours", "ham"), ("BUY NOW", "spam"), (30 * "Win now " + "at 1@example.org", "spam"),
+        ("Your caf\xe9\u2019s news", "ham"),
     ]  # fmt: skip
-    assert "3 e-mails, 1 of them spam" in capsys.readouterr().out
+    assert "4 e-mails, 2 of them spam" in capsys.readouterr().out
 
 
 def test_words_of_letters_are_taken_with_their_first_pronunciation(tmp_path: Path) -> None:
