@@ -89,7 +89,7 @@ def train_images(images: Path, make: Any, target: Path, **options: Any) -> None:
         def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
             return {"pixel_values": (pixels[row].float() / 255 - MEAN) / SPREAD, "labels": labels[row]}
 
-    print(f"training on {len(Images())} images (a quarter of an hour on two cores)", flush=True)
+    print(f"training on {len(Images())} images", flush=True)
     transformers.set_seed(SEED)
     scaling = {"image_mean": [MEAN], "image_std": [SPREAD], "size": {"height": 28, "width": 28}}
     with new_folder(target) as partial:

@@ -90,5 +90,5 @@ def prepare_phonemes(folder: Path) -> None:
     if is_there(model):
         return
     records = read_records(words, TRAIN_SHARE)
-    print(f"training on {len(records)} words (a quarter of an hour on two cores)", flush=True)
+    print(f"training on {len(records)} words (20 minutes of a core)", flush=True)
     train_t5(records, model)

@@ -148,7 +148,7 @@ def prepare_movies(folder: Path) -> None:
         return
     records = read_records(sentences, TRAIN_SHARE)
     base = minilm(folder)
-    print(f"fine-tuning on {len(records)} sentences (a quarter of an hour on two cores)", flush=True)
+    print(f"fine-tuning on {len(records)} sentences (8 minutes of a core)", flush=True)
     train_classifier(base, records, MOODS, SENTENCE_TOKENS, model, num_train_epochs=3, warmup_steps=50)
 
 
@@ -159,7 +159,7 @@ def prepare_smollm2(folder: Path) -> None:
         return
     records = read_records(sentences, SMALL_SHARE)
     base = smollm2(folder)
-    print(f"fine-tuning on {len(records)} sentences (a quarter of an hour on two cores)", flush=True)
+    print(f"fine-tuning on {len(records)} sentences", flush=True)
     train_classifier(base, records, MOODS, SENTENCE_TOKENS, model, num_train_epochs=1, warmup_steps=10)
 
 
@@ -172,5 +172,5 @@ def prepare_spam(folder: Path) -> None:
         return
     records = read_records(mails, TRAIN_SHARE)
     base = minilm(folder)
-    print(f"fine-tuning on {len(records)} e-mails (a quarter of an hour on two cores)", flush=True)
+    print(f"fine-tuning on {len(records)} e-mails", flush=True)
     train_classifier(base, records, KINDS, MAIL_TOKENS, model, num_train_epochs=2, warmup_steps=20)
