@@ -10,6 +10,7 @@ are not hopeless the same training, at every depth or at `--retrain-depths`, and
 import argparse
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,10 @@ def retrain(file: Path, folder: Path, content: dict[str, Any], depth: int, steps
                 file, "plan.method=file", f"plan.file={given}", "plan.keep_layers=null", f"retrain.steps={steps}",
                 f"retrain.warmup_steps={min(steps // 10, 10)}", f"retrain.eval_every={steps}",
             )  # fmt: skip
-            run(config, where, last="evaluate", collected=folder / "run")
+            if not (where / "evaluation.json").exists():
+                run(config, where, last="evaluate", collected=folder / "run")
+            for name in ("pruned", "retrain", "retrained"):  # gigabytes a plan
+                shutil.rmtree(where / name, ignore_errors=True)
             done[tuple(dropped)] = json.loads((where / "evaluation.json").read_text())
         evaluation = done[tuple(dropped)]
         print(f"| {name} | {evaluation['pruned']['perplexity']:.2f} | {evaluation['retrained']['perplexity']:.2f} |")

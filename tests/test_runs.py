@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -84,9 +85,17 @@ def test_disk_errors_say_what_to_do(tmp_path: Path, number: int, message: str) -
     assert str(tmp_path / "not" / "there") in str(caught.value)
 
 
+def test_a_disk_that_is_full_for_torch_says_what_to_do(tmp_path: Path) -> None:
+    """As in a sharded checkpoint: torch.save tells of positions in its file, not of the disk."""
+    with pytest.raises(StageFailure, match=r"torch could not write .* if the disk is full"), disk_errors(tmp_path):
+        torch.save(torch.zeros(100_000), "/dev/full")
+
+
 def test_other_errors_pass_through(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), disk_errors(tmp_path):
         (tmp_path / "none").read_bytes()
+    with pytest.raises(RuntimeError, match="other"), disk_errors(tmp_path):
+        raise RuntimeError("other")
 
 
 def test_space_is_asked_for_before_the_first_byte(tmp_path: Path) -> None:

@@ -14,6 +14,9 @@ from typing import Any
 
 from mpruner_dist.errors import StageFailure
 
+TORCH_WRITER = "inline_container"
+"""The file of torch that its messages name where torch.save could not write; it swallows the system's own."""
+
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
@@ -30,6 +33,14 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise StageFailure(f"may not write {path}: {error.strerror}; check its owner and its mount") from error
         raise
+    except RuntimeError as error:
+        if TORCH_WRITER not in str(error):
+            raise
+        free = shutil.disk_usage(_existing(path)).free
+        raise StageFailure(
+            f"torch could not write {path} ({free / 1e6:.0f} MB free): if the disk is full, free some and run the same "
+            "command again; what was finished before is kept"
+        ) from error
 
 
 def require_space(folder: Path, num_bytes: int) -> None:
