@@ -111,8 +111,8 @@ def retrain(file: Path, folder: Path, content: dict[str, Any], depth: int, steps
             )  # fmt: skip
             if not (where / "evaluation.json").exists():
                 run(config, where, last="evaluate", collected=folder / "run")
-            for name in ("pruned", "retrain", "retrained"):  # gigabytes a plan
-                shutil.rmtree(where / name, ignore_errors=True)
+            for weights in ("pruned", "retrain", "retrained"):  # gigabytes a plan
+                shutil.rmtree(where / weights, ignore_errors=True)
             done[tuple(dropped)] = json.loads((where / "evaluation.json").read_text())
         evaluation = done[tuple(dropped)]
         print(f"| {name} | {evaluation['pruned']['perplexity']:.2f} | {evaluation['retrained']['perplexity']:.2f} |")
