@@ -5,7 +5,7 @@ Layer ranges are written as people write them: `0-11,20-31`, inclusive, counted 
 
 import json
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -134,6 +134,15 @@ def format_layers(layers: list[int]) -> str:
         else:
             parts.append([layer])
     return ",".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+
+
+def by_stack(layers: list[int], depths: Iterable[int]) -> list[list[int]]:
+    """Layers that are counted through several stacks, as each of these counts its own; given how many each has."""
+    found, first = [], 0
+    for depth in depths:
+        found.append([layer - first for layer in layers if first <= layer < first + depth])
+        first += depth
+    return found
 
 
 def nearest_matching(have: Sequence[Hashable], need: Sequence[Hashable], wanted: list[int]) -> list[int] | None:

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from mpruner_dist.config import Config
 from mpruner_dist.config.plan import CLUSTERED
 from mpruner_dist.config.task import FACTS
-from mpruner_dist.plan import format_layers, read_plan
+from mpruner_dist.plan import by_stack, format_layers, read_plan
 from mpruner_dist.reporting.choice import choice, reasons
 from mpruner_dist.reporting.comparison import comparison_note, comparison_table, plans_figure
 from mpruner_dist.reporting.figures import influence_figure, losses_figure, neighbours_figure, similarity_figure
@@ -118,7 +118,7 @@ def _facts(run: Path, config: Config, stages: dict[str, dict[str, Any]]) -> Fact
         "task_table": task_table(evaluation),
         "kept": format_layers(plan.kept).replace(",", ", "),
         "dropped": format_layers(plan.dropped).replace(",", ", "),
-        "by_stack": by_stack(plan.dropped, similarity.get("stacks") or {}),
+        "by_stack": stacks_text(plan.dropped, similarity.get("stacks") or {}),
         "choice": choice(config.plan, plan, config.rounds, unit_of(evaluation)),
         "reasons": reasons(plan, known_spread=similarity["stderr"] is not None),
         "comparison": comparison,
@@ -145,14 +145,10 @@ def _rounds(run: Path, config: Config) -> Facts | None:
     return {"record": record, "summary": rounds_summary(record), "table": (ROUND_HEADINGS, round_rows(record))}
 
 
-def by_stack(layers: list[int], stacks: dict[str, int]) -> str:
+def stacks_text(layers: list[int], stacks: dict[str, int]) -> str:
     """Layers as each stack counts them, where there are several: `encoder.block 2, decoder.block 0-1`."""
-    found, first = [], 0
-    for name, depth in stacks.items():
-        mine = [layer - first for layer in layers if first <= layer < first + depth]
-        found += [f"{name} {format_layers(mine)}"] if mine else []
-        first += depth
-    return ", ".join(found)
+    of_each = zip(stacks, by_stack(layers, stacks.values()), strict=True)
+    return ", ".join(f"{name} {format_layers(mine)}" for name, mine in of_each if mine)
 
 
 def summary(evaluation: dict[str, Any], text: str) -> str:

@@ -21,7 +21,7 @@ from mpruner_dist.models.naming import model_names, stack_prefix
 from mpruner_dist.models.serving import kinds_and_pattern
 from mpruner_dist.models.signature import FIRST_ONLY
 from mpruner_dist.models.stacks import choose_stacks, find_stacks, run_stacks
-from mpruner_dist.plan import Keep, Plan, format_layers, nearest_matching
+from mpruner_dist.plan import Keep, Plan, by_stack, format_layers, nearest_matching
 from mpruner_dist.rewriting.finished import LAYER_MAP, Request, is_finished
 from mpruner_dist.rewriting.layout import ShardCopy, StackNames, copy_shard, new_names, plan_copies
 from mpruner_dist.rewriting.proof import Claim, prove
@@ -229,12 +229,7 @@ def layers_by_stack(model: Any, plan: Plan) -> Kept:
     depth = sum(stack.depth for stack in stacks)
     if plan.num_layers != depth:
         raise UserError(f"the plan is for {plan.num_layers} layers, the model has {depth}")
-    chosen: Kept = {}
-    first = 0
-    for stack in stacks:
-        chosen[stack] = [layer - first for layer in plan.kept if first <= layer < first + stack.depth]
-        first += stack.depth
-    return chosen
+    return dict(zip(stacks, by_stack(plan.kept, [stack.depth for stack in stacks]), strict=True))
 
 
 def layer_map(kept: Kept) -> dict[str, Any]:

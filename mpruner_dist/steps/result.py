@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpruner_dist.checkpoints.folder import read_checkpoint
-from mpruner_dist.plan import Plan, read_plan
+from mpruner_dist.plan import Plan, by_stack, read_plan
 from mpruner_dist.road import Road, Step
 from mpruner_dist.runs.commit import commit_folder, write_bytes, write_json
 from mpruner_dist.runs.digest import file_digest
@@ -65,11 +65,8 @@ def _layer_map(road: Road, plan: Plan) -> dict[str, Any]:
     stacks = json.loads((road.folder / "cka.json").read_text())["stacks"]
     if not stacks:
         return _numbers(plan.kept)
-    maps, first = {}, 0
-    for name, depth in stacks.items():
-        maps[name] = _numbers([layer - first for layer in plan.kept if first <= layer < first + depth])
-        first += depth
-    return {"stacks": maps}
+    kept = zip(stacks, by_stack(plan.kept, stacks.values()), strict=True)
+    return {"stacks": {name: _numbers(layers) for name, layers in kept}}
 
 
 def _numbers(kept: list[int]) -> dict[str, Any]:
