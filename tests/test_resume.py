@@ -33,11 +33,21 @@ def wait_for(condition: Any, process: Any, seconds: float = 150) -> None:
         time.sleep(0.02)
 
 
-def kill_driver(process: Any) -> list[psutil.Process]:
+def train_workers(process: Any) -> list[psutil.Process]:
+    return [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if child.is_running() and "RayTrainWorker" in " ".join(child.cmdline())
+    ]
+
+
+def kill_driver(process: Any, *with_it: psutil.Process) -> list[psutil.Process]:
     """kill -9 the driver; its workers must end by themselves, and Ray's agents, returned, a minute later."""
     children = psutil.Process(process.pid).children(recursive=True)
     agents = [child for child in children if "Agent" in child.name()]
     os.kill(process.pid, signal.SIGKILL)
+    for worker in with_it:
+        worker.kill()
     process.wait()
     _, alive = psutil.wait_procs([child for child in children if child not in agents], timeout=60)
     assert alive == [], "left running after the driver was killed"
@@ -107,11 +117,12 @@ def many_batches(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 def test_begun_with_two_workers_and_ended_with_three(
     many_batches: tuple[Path, dict[str, Any]], start: Mpruner, mpruner: Any, tmp_path: Path
 ) -> None:
-    """The driver is killed in the middle; every number is that of an undisturbed run with one worker."""
+    """A killed node takes driver and workers in the middle; every number is that of an undisturbed run with one."""
     config, undisturbed = many_batches
     process = start("collect", config, "--run-dir", tmp_path / "two", "--set", "cluster.workers=2")
     wait_for(lambda: list((tmp_path / "two").glob("stats/*/from-*.safetensors")), process)
-    agents = kill_driver(process)
+    # workers that live on until they notice the driver's end may have saved everything by then
+    agents = kill_driver(process, *train_workers(process))
     saved = {path: path.stat().st_mtime_ns for path in tmp_path.glob("two/stats/*/from-*.safetensors")}
     assert 0 < len(saved) < 400
     code, output = mpruner("collect", config, "--run-dir", tmp_path / "two", "--set", "cluster.workers=3")
@@ -129,11 +140,7 @@ def test_a_worker_killed_while_it_collects_goes_on_from_the_saved_sums(
     config, undisturbed = many_batches
     process = start("collect", config, "--run-dir", tmp_path / "two", "--set", "cluster.workers=2")
     wait_for(lambda: list((tmp_path / "two").glob("stats/*/from-*.safetensors")), process)
-    workers = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if child.is_running() and "RayTrainWorker" in " ".join(child.cmdline())
-    ]
+    workers = train_workers(process)
     assert len(workers) == 2
     workers[0].kill()
     output, _ = process.communicate(timeout=300)
