@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mpruner_dist.config.task import FACTS, GENERATED, TaskName
+from mpruner_dist.config.task import FACTS, GENERATED, LESS_IS_BETTER, TaskName
 from mpruner_dist.reporting.table import metric_name, metrics_of
 
 RECIPE, ORIGINAL = "recipe", "original"
@@ -45,6 +45,7 @@ PUBLISHED: dict[TaskName, list[Published]] = {
         # it says 7 blocks of the encoder and 3 of the decoder, but its number of parameters is that of 8 and 3
         (T5, "threshold 0.99, at the end", "BLEU", (22.68, 20.09), (24, 11), (222.904, 109.630)),
     ],
+    "automatic-speech-recognition": [],
     "causal-lm": [],
 }  # fmt: skip
 
@@ -131,7 +132,7 @@ def verdict(found: Found, task: TaskName, is_cnn: bool) -> str:
     if metric == "perplexity":
         targets.append(f"at most {MOST_LOST:g} point lost: does not apply to perplexity, which changed by {change}")
     else:
-        lost = 100 * (before - after)
+        lost = 100 * (after - before if metric in LESS_IS_BETTER else before - after)
         targets.append(
             f"at most {MOST_LOST:g} point of {metric} lost on average: {change}{beside_original(found, metric)}, "
             f"{judged(lost <= MOST_LOST)}"
@@ -165,7 +166,7 @@ def beside_baselines(found: Found, metric: str) -> str:
         ours, theirs = (
             mean_of({seed: of[seed] for seed in shared}, "retrained", metric) for of in (found[RECIPE], outcomes)
         )
-        is_met &= theirs >= ours if metric == "perplexity" else theirs <= ours
+        is_met &= theirs >= ours if metric in LESS_IS_BETTER else theirs <= ours
         told.append(f"{variant} {change_text(metric, theirs, ours)}")
     target = "never worse than a baseline at equal depth"
     return f"{target}: {', '.join(told)}, {judged(is_met)}" if told else f"{target}: none was run, not judged"

@@ -156,8 +156,8 @@ def _facts(facts: dict[str, Any]) -> str:
 
 def _sequences(config: Config, count: int) -> str:
     """So many of what a batch is made of."""
-    if FACTS[config.model.task].reads == "images":
-        return f"{count} images"
+    if (reads := FACTS[config.model.task].reads) != "text":
+        return f"{count} {'recordings' if reads == 'speech' else reads}"
     most = "" if config.model.task == "causal-lm" else "at most "
     return f"{count} x {most}{config.data.block_size} tokens"
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpruner_dist.config import CLUSTERED, Config, RoundsConfig
+from mpruner_dist.config.task import LESS_IS_BETTER
 from mpruner_dist.errors import Fruitless, UserError
 from mpruner_dist.planning.budget import protected_layers
 from mpruner_dist.road import Road
@@ -153,11 +154,11 @@ def _measure(road: Road, config: RoundsConfig, original: dict[str, Any]) -> dict
             road.folder.give_up(stage, str(error))
             return {"accepted": False, "why": str(error)}
     candidate = json.loads((road.folder / "gate.json").read_text())["candidate"]
-    share = less_is_better(config, original)
+    share = of_a_share(config, original)
     change = candidate[config.metric] - original[config.metric]
     if share:
         change /= original[config.metric]
-    lost = change if share else -change
+    lost = change if less_is_better(config, original) else -change
     return {
         "layers": candidate["layers"],
         "parameters": candidate["parameters"],
@@ -176,8 +177,8 @@ def _require_measure(config: RoundsConfig, original: dict[str, Any]) -> None:
     Raises:
         UserError: the original's value is not above 0 where the tolerance is a share of it, or not above the tolerance.
     """
-    value, share = original[config.metric], less_is_better(config, original)
-    if not share and value <= config.tolerance:
+    value, share = original[config.metric], of_a_share(config, original)
+    if not less_is_better(config, original) and value <= config.tolerance:
         raise UserError(
             f"{config.metric} of the original is {value:.4g}, and rounds.tolerance {config.tolerance:g} would let all "
             "of it be lost: lower the tolerance, or choose another rounds.metric"
@@ -185,14 +186,19 @@ def _require_measure(config: RoundsConfig, original: dict[str, Any]) -> None:
     if config.task and share and value <= 0:
         raise UserError(
             f"{original['task_metric']} of the task {config.task.name} is {original['task']:g} for the original, and "
-            f"rounds.tolerance {config.tolerance:g} is a share of it, as of every metric of which less is better: "
+            f"rounds.tolerance {config.tolerance:g} is a share of it, as of every task of which less is better: "
             "choose another rounds.task.metric or another task"
         )
 
 
 def less_is_better(config: RoundsConfig, original: dict[str, Any]) -> bool:
-    """Whether the metric is one that grows with the damage; its tolerance is a share of the original's then."""
-    return config.metric == "perplexity" or bool(original.get("task_less_is_better", False))
+    """Whether the metric is one that grows with the damage."""
+    return config.metric in LESS_IS_BETTER or bool(original.get("task_less_is_better", False))
+
+
+def of_a_share(config: RoundsConfig, original: dict[str, Any]) -> bool:
+    """Whether the tolerance is a share of the original's value: where less is better, but for a share of words."""
+    return config.metric != "word_error_rate" and less_is_better(config, original)
 
 
 def change_text(change: float, share: bool) -> str:
@@ -204,19 +210,21 @@ def limit_text(config: RoundsConfig, share: bool) -> str:
     """What change is tolerated."""
     if share:
         return f"at most {100 * config.tolerance:+g} % is tolerated"
-    return f"a loss of at most {config.tolerance:g} is tolerated"
+    lost = "a rise" if config.metric in LESS_IS_BETTER else "a loss"
+    return f"{lost} of at most {config.tolerance:g} is tolerated"
 
 
 def _write(
     road: Road, config: RoundsConfig, original: dict[str, Any], history: list[dict[str, Any]], stop: str
 ) -> None:
-    share, before = less_is_better(config, original), original[config.metric]
+    share, before = of_a_share(config, original), original[config.metric]
+    tolerated = config.tolerance * (before if share else 1)
     content = {
         "metric": config.metric,
         "task": f"{config.task.name} {original['task_metric']}" if config.task else None,
         "tolerance": config.tolerance,
         "limit": limit_text(config, share),
-        "worst": before * (1 + config.tolerance) if share else before - config.tolerance,
+        "worst": before + tolerated if less_is_better(config, original) else before - tolerated,
         "original": {name: original[name] for name in ("layers", "parameters", config.metric)},
         "rounds": history,
         "stopped": stop or None,

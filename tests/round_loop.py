@@ -17,10 +17,16 @@ from mpruner_dist.runs.folder import open_run
 DEPTH = 12
 
 
-def make_config(tolerance: float = 0.1, metric: str = "perplexity", plan: dict | None = None, **options: Any) -> Config:
+def make_config(
+    tolerance: float = 0.1,
+    metric: str = "perplexity",
+    plan: dict | None = None,
+    model_task: str = "causal-lm",
+    **options: Any,
+) -> Config:
     parts = ("calibration", "train", "validation", "test")
     return Config.model_validate({
-        "model": {"path": "original"},
+        "model": {"path": "original", "task": model_task},
         "data": {part: {"path": f"{part}.txt"} for part in parts},
         "plan": plan or {"method": "anchor"},
         "retrain": {"steps": 30},
@@ -75,9 +81,17 @@ class Loop:
             write_json(road.folder / "retrained.layers.json", kept)
             value = self.value(kept)
             counts = {"layers": len(kept), "parameters": 100 * len(kept)}
-            return {"candidate": counts | {"perplexity": value, "accuracy": value}}
+            return {"candidate": counts | dict.fromkeys(("perplexity", "accuracy", "word_error_rate"), value)}
         if name == "baseline":
-            return {"original": {"layers": DEPTH, "parameters": 1200, "perplexity": 10.0, "accuracy": 0.5}}
+            return {
+                "original": {
+                    "layers": DEPTH,
+                    "parameters": 1200,
+                    "perplexity": 10.0,
+                    "accuracy": 0.5,
+                    "word_error_rate": 0.25,
+                }
+            }
         return {}
 
     def layers(self, path: str) -> list[int]:

@@ -19,10 +19,11 @@ from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.cluster.settings import inference_settings
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config, RetrainConfig
+from mpruner_dist.config.task import GENERATED
 from mpruner_dist.data.pairs import Pairs, make_pairs
 from mpruner_dist.data.parts import load_part, save_part
 from mpruner_dist.errors import UserError
-from mpruner_dist.evaluation.generation import compared, generate
+from mpruner_dist.evaluation.generation import COMPARE, generate, rouge_l
 from mpruner_dist.models.blocks import skipped
 from mpruner_dist.models.engines import inference_engine
 from mpruner_dist.models.loading import load_model
@@ -277,17 +278,17 @@ def test_with_divided_weights_it_says_the_same(folder: Path, tmp_path: Path) -> 
 
 def test_texts_are_compared_from_0_to_1() -> None:
     right = ["the cat sat on the mat today", "a dog ran far away from here"]
-    assert compared(right, right) == {name: pytest.approx(1.0) for name in ("bleu", "chrf", "rouge_l")}
-    worse = compared(["the cat sat on a mat", "no"], right)
+    assert [COMPARE[name](right, right) for name in GENERATED] == pytest.approx([1.0, 1.0, 1.0])
+    worse = {name: COMPARE[name](["the cat sat on a mat", "no"], right) for name in GENERATED}
     assert 0 < worse["bleu"] < worse["chrf"] < 1
     assert worse["rouge_l"] == pytest.approx((2 * 5 / (6 + 7)) / 2)
     russian = ["кошка сидит на ковре сегодня", "собака убежала далеко отсюда вчера"]
-    assert compared(russian, russian)["rouge_l"] == pytest.approx(1.0)
+    assert rouge_l(russian, russian) == pytest.approx(1.0)
 
 
 def test_what_an_encoder_decoder_cannot_do_is_refused(folder: Path, tmp_path: Path, command: Any) -> None:
     for change, message in [
-        ("retrain.distillation.hidden_weight=0.2", "compares states at the tokens of one text"),
+        ("retrain.distillation.hidden_weight=0.2", "compares states at the places of one series"),
         ("retrain.distillation={weight: 0.5, top_k: 4, cache: true}", "holds blocks of text"),
         ("model.task=causal-lm", "data.target_size is of model.task sequence-to-sequence"),
         ("collect.samples=41", "calibration batch 0 has 40 token samples to draw from of its texts, 41 are needed"),

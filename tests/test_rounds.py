@@ -220,6 +220,18 @@ def test_accuracy_is_judged_by_difference(loop: Any) -> None:
     assert record["rounds"][1]["why"] == "accuracy 0.5 -> 0.47, -0.0300, where a loss of at most 0.02 is tolerated"
 
 
+def test_a_word_error_rate_is_judged_by_how_much_it_rises(loop: Any) -> None:
+    speech = "automatic-speech-recognition"
+    made = loop(tolerance=0.02, metric="word_error_rate", model_task=speech, max_rounds=2)
+    values = iter([0.2, 0.28])
+    made.value = lambda kept: next(values)
+    record = made.run()
+    assert [entry["accepted"] for entry in record["rounds"]] == [True, False]
+    assert record["worst"] == pytest.approx(0.27)
+    why = "word_error_rate 0.25 -> 0.28, +0.0300, where a rise of at most 0.02 is tolerated"
+    assert record["rounds"][1]["why"] == why
+
+
 @pytest.mark.parametrize("value", [0.0, -1.5])
 def test_a_task_of_whose_value_no_share_can_be_taken_is_refused(loop: Any, value: float) -> None:
     made = loop(tolerance=0.02, metric="task", task={"name": "quiz"})

@@ -51,17 +51,21 @@ def make_engine(model: torch.nn.Module, settings: Settings, parameters: Any = No
 
     if settings.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
         raise UserError("the workers' device does not compute in float16: set model.dtype bfloat16 or float32")
-    model.register_forward_pre_hook(_in_its_number_type, with_kwargs=True)
+    model.register_forward_pre_hook(_cast, with_kwargs=True)
     engine, *_ = deepspeed.initialize(model=model, config=settings, model_parameters=parameters)
     return engine
 
 
-def _in_its_number_type(
+def _cast(
     model: torch.nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, in_its_number_type(model, inputs)
+
+
+def in_its_number_type(model: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """Inputs such as pixels, in the number type of the weights: not every family casts them itself."""
     dtype = next(model.parameters()).dtype
-    return args, {
+    return {
         name: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
         for name, value in inputs.items()
     }

@@ -35,8 +35,11 @@ class SourceConfig(Section):
     label_field: str = "label"
     """Of classification: the class of a record, by the name or the number that it has in the model's config.json."""
     target_field: str = "target"
-    """Of sequence-to-sequence: what should be said of the text."""
+    """Of sequence-to-sequence and automatic-speech-recognition: what should be said of the text, or is said in the
+    recording."""
     image_field: str = "image"
+    audio_field: str = "audio"
+    """Of automatic-speech-recognition: a recording, or the path of its file, from the folder of the data file on."""
     take: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
     """Share of the records, in their order: [0.2, 0.8] takes those from 20 % to 80 %."""
 
@@ -62,7 +65,8 @@ class DataConfig(Section):
     """Tokens in a sequence; of text-classification and sequence-to-sequence, at most so many, and longer texts are
     cut."""
     target_size: Positive | None = None
-    """Of sequence-to-sequence: at most so many tokens of a target; without it, block_size."""
+    """Of sequence-to-sequence and automatic-speech-recognition: at most so many tokens of a target; without it,
+    block_size, or what the decoder has positions for."""
     pack: bool = True
     """Of causal-lm: true joins records into full blocks; false gives each record a block of its own, padded."""
     calibration: SourceConfig

@@ -14,7 +14,9 @@ class RoundsConfig(Section):
     tolerance: Annotated[float, Field(gt=0)]
     """How much worse than the original the metric may be: of perplexity a share of it, 0.1 is a tenth more; of the
     others the difference, 0.02 is two points."""
-    metric: Literal["perplexity", "accuracy", "macro_f1", "bleu", "chrf", "rouge_l", "task"] = "perplexity"
+    metric: Literal["perplexity", "accuracy", "macro_f1", "bleu", "chrf", "rouge_l", "word_error_rate", "task"] = (
+        "perplexity"
+    )
     """What the validation part is measured by, as far as model.task has it; or a task of the harness."""
     task: TaskConfig | None = None
     remove: Positive | None = None

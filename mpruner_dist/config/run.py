@@ -120,16 +120,19 @@ class Config(Section):
             raise ValueError(f"rounds.metric {self.rounds.metric} is none of model.task {task}: {', '.join(metrics)}")
         if self.evaluate.tasks and task != "causal-lm":
             raise ValueError(f"evaluate.tasks asks for the next words, and model.task is {task}: leave it out")
-        if self.data.target_size is not None and task != "sequence-to-sequence":
-            raise ValueError(f"data.target_size is of model.task sequence-to-sequence, not {task}: leave it out")
+        if self.data.target_size is not None and not FACTS[task].of_generated:
+            raise ValueError(
+                f"data.target_size is of model.task sequence-to-sequence and automatic-speech-recognition, not {task}: "
+                "leave it out"
+            )
         distillation = self.retrain and self.retrain.distillation
         if distillation and distillation.top_k and FACTS[task].unit != "token":
             raise ValueError(f"retrain.distillation.top_k is of words, and model.task {task} has classes: leave it out")
         if distillation and distillation.cache and task != "causal-lm":
             raise ValueError(f"retrain.distillation.cache holds blocks of text, and model.task is {task}: leave it out")
-        if distillation and distillation.hidden_weight and task == "sequence-to-sequence":
+        if distillation and distillation.hidden_weight and FACTS[task].of_generated:
             raise ValueError(
-                "retrain.distillation.hidden_weight compares states at the tokens of one text, and an encoder and a "
+                "retrain.distillation.hidden_weight compares states at the places of one series, and an encoder and a "
                 "decoder have two: leave it out"
             )
         return self

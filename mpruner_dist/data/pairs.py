@@ -1,4 +1,4 @@
-"""Texts with the text that should follow from each: two rows of tokens a record."""
+"""What should be said of something, as a row of tokens a record; and texts with such a row of each."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,13 +11,35 @@ import numpy.typing as npt
 from mpruner_dist.data.blocks import TOKENIZE_AT_ONCE, Blocks, Ints, mask_of, padded
 
 
-@dataclass(frozen=True)
-class Pairs(Blocks):
-    """Token ids and lengths of what is read, as in Blocks, and the same of what should be said.
+class Targets:
+    """What should be said: token ids [records, tokens], int32, padded, and the length of each row, [records].
 
-    A target begins with the token that a decoder begins with: what it is given is all but the last of a row, and what
-    it should say all but the first.
+    A row begins with the token that a decoder begins with: what it is given is all but the last of a row, and what it
+    should say all but the first.
     """
+
+    target_ids: Ints
+    target_lengths: Ints
+    prompt = 1
+    """With so many tokens each row begins alike; they are given, never predicted."""
+
+    def target_mask(self) -> npt.NDArray[np.int64]:
+        """1 for what the decoder is given of each row, 0 for padding."""
+        return mask_of(self.target_lengths - 1, self.target_ids.shape[1] - 1)
+
+    def target_rows(self, rows: list[int]) -> tuple[Ints, Ints]:
+        """The given rows, padded only to the longest of them, and their lengths."""
+        lengths = self.target_lengths[rows]
+        return self.target_ids[rows, : int(lengths.max(initial=1))], lengths
+
+    def target_tensors(self) -> dict[str, Ints]:
+        """What is written to disk."""
+        return {"target_ids": self.target_ids, "target_lengths": self.target_lengths}
+
+
+@dataclass(frozen=True)
+class Pairs(Blocks, Targets):
+    """Token ids and lengths of what is read, as in Blocks, and the same of what should be said."""
 
     target_ids: Ints
     target_lengths: Ints
@@ -25,17 +47,8 @@ class Pairs(Blocks):
     def rows(self, rows: Iterable[int]) -> "Pairs":
         """The given pairs, in the given order, padded only to the longest of them."""
         chosen = list(rows)
-        longest, longest_target = (int(many[chosen].max(initial=1)) for many in (self.lengths, self.target_lengths))
-        return Pairs(
-            self.ids[chosen, :longest],
-            self.lengths[chosen],
-            self.target_ids[chosen, :longest_target],
-            self.target_lengths[chosen],
-        )
-
-    def target_mask(self) -> npt.NDArray[np.int64]:
-        """As `mask`, of what the decoder is given."""
-        return mask_of(self.target_lengths - 1, self.target_ids.shape[1] - 1)
+        longest = int(self.lengths[chosen].max(initial=1))
+        return Pairs(self.ids[chosen, :longest], self.lengths[chosen], *self.target_rows(chosen))
 
     def masks(self) -> list[npt.NDArray[np.int64]]:
         """Of the encoder's positions and the decoder's."""
@@ -43,7 +56,7 @@ class Pairs(Blocks):
 
     def tensors(self) -> dict[str, Ints]:
         """What is written to disk."""
-        return super().tensors() | {"target_ids": self.target_ids, "target_lengths": self.target_lengths}
+        return super().tensors() | self.target_tensors()
 
 
 def make_pairs(

@@ -14,12 +14,13 @@ from mpruner_dist.data.blocks import Blocks
 from mpruner_dist.data.images import LabelledImages
 from mpruner_dist.data.labelled import LabelledTexts
 from mpruner_dist.data.pairs import Pairs
+from mpruner_dist.data.speech import Speech
 from mpruner_dist.errors import UserError
 from mpruner_dist.runs.commit import write_bytes
 
 
 class Part(Protocol):
-    """Sequences or images in their order."""
+    """Sequences, images or recordings in their order."""
 
     def __len__(self) -> int:
         """How many there are."""
@@ -43,25 +44,27 @@ def save_part(path: Path, part: Part) -> None:
 
 
 def load_part(path: Path) -> Any:
-    """Read a part that `save_part` wrote; pixels stay in the file until rows of them are asked for.
+    """Read a part that `save_part` wrote; pixels and spectra stay in the file until rows of them are asked for.
 
     Raises:
         UserError: the file is missing or damaged.
     """
     try:
         with safe_open(path, "numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys() if name != "pixels"}  # noqa: SIM118
-            has_pixels = "pixels" in file.keys()  # noqa: SIM118
-        if has_pixels:
-            return LabelledImages(_mapped(path, "pixels"), **tensors)
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names if name not in ("pixels", "features")}
+        if "pixels" in names:
+            return LabelledImages(_mapped(path, "pixels", np.uint8), **tensors)
+        if "features" in names:
+            return Speech(_mapped(path, "features", np.float32), **tensors)
         kind = LabelledTexts if "labels" in tensors else Pairs if "target_ids" in tensors else Blocks
         return kind(tensors.pop("input_ids"), **tensors)
     except Exception as error:
         raise UserError(f"cannot read {path}, which the stage data made: {error}") from error
 
 
-def _mapped(path: Path, name: str) -> npt.NDArray[np.uint8]:
-    """A tensor of bytes in a safetensors file: 8 bytes that give the length of a header of JSON, the header, the data.
+def _mapped(path: Path, name: str, dtype: type[np.generic]) -> npt.NDArray[Any]:
+    """A tensor in a safetensors file: 8 bytes that give the length of a header of JSON, the header, the data.
 
     All workers of a node share its pages.
     """
@@ -69,4 +72,4 @@ def _mapped(path: Path, name: str) -> npt.NDArray[np.uint8]:
         length = int.from_bytes(file.read(8), "little")
         info = json.loads(file.read(length))[name]
     offset = 8 + length + info["data_offsets"][0]
-    return np.memmap(path, np.uint8, "c", offset, tuple(info["shape"]))
+    return np.memmap(path, dtype, "c", offset, tuple(info["shape"]))

@@ -13,7 +13,8 @@ from mpruner_dist.data.blocks import Blocks, make_blocks
 from mpruner_dist.data.images import LabelledImages, PixelFormat, make_images, pixel_format
 from mpruner_dist.data.labelled import LabelledTexts, label_names, make_labelled
 from mpruner_dist.data.pairs import Pairs, make_pairs
-from mpruner_dist.data.sources import open_images, open_labelled, open_pairs, open_source
+from mpruner_dist.data.sources import open_images, open_labelled, open_pairs, open_source, open_speech
+from mpruner_dist.data.speech import Ear, Speech, make_speech
 from mpruner_dist.errors import UserError
 
 R = TypeVar("R")
@@ -100,6 +101,32 @@ class PairReader:
         return {"tokens": int(part.lengths.sum() + (part.target_lengths - 1).sum())}
 
 
+class SpeechReader:
+    """Recordings and what is said in them, for automatic-speech-recognition."""
+
+    unit = "recordings"
+
+    def __init__(self, config: DataConfig, ear: Ear, tokenizer: Any, longest: int, pad: int, start: int) -> None:
+        self.ear, self.tokenizer, self.pad, self.start = ear, tokenizer, pad, start
+        self.longest = config.target_size or longest
+        if self.longest > longest:
+            raise UserError(f"data.target_size {self.longest}: the decoder has positions for {longest} tokens")
+
+    def read(self, source: SourceConfig, limit: int | None, watch: Watch) -> Speech:
+        """A row a record."""
+        records, number = open_speech(source)
+        heard = ((self.ear.load(found, where), text) for found, text, where in records)
+        watched = watch(heard, number, lambda record: hashlib.sha256(record[0].tobytes()).hexdigest())
+        most = number if limit is None else min(limit, number)
+        return make_speech(
+            watched, self.ear, self.tokenizer, self.longest, most, self.pad, self.start, source.path
+        )  # fmt: skip
+
+    def facts(self, part: Speech) -> dict[str, Any]:
+        """How many tokens are to be said, and how many places of the encoder hold sound."""
+        return {"tokens": int(part.lengths.sum() + (part.target_lengths - part.prompt).sum())}
+
+
 class ImageReader:
     """Images with a class each, for image-classification."""
 
@@ -138,6 +165,10 @@ def make_reader(config: Config, model_folder: Path) -> Reader:
         return BlockReader(config.data, tokenizer)
     if config.model.task == "sequence-to-sequence":
         return PairReader(config.data, tokenizer, *decoder_tokens(model_folder, config.model.trust_remote_code))
+    if config.model.task == "automatic-speech-recognition":
+        pad, start = decoder_tokens(model_folder, config.model.trust_remote_code)
+        longest = _config(model_folder, config.model.trust_remote_code).max_target_positions
+        return SpeechReader(config.data, Ear(model_folder), tokenizer, longest, pad, start)
     pad = padding_token(model_folder, config.model.trust_remote_code)
     return LabelledReader(config.data, tokenizer, label_names(model_folder), pad)
 
@@ -173,7 +204,7 @@ def decoder_tokens(folder: Path, trust_remote_code: bool) -> tuple[int, int]:
     if pad is None or start is None:
         raise UserError(
             f"{folder}/config.json has the pad_token_id {pad} and the decoder_start_token_id {start}: "
-            "sequence-to-sequence needs both; set them to the tokens that the model was trained with"
+            "what generates text needs both; set them to the tokens that the model was trained with"
         )
     return int(pad), int(start)
 

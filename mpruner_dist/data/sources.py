@@ -1,4 +1,4 @@
-"""Records of text from files or the `datasets` library."""
+"""Records of text, images and recordings from files or the `datasets` library."""
 
 import logging
 from collections.abc import Iterator
@@ -80,6 +80,35 @@ def open_images(source: SourceConfig, labels: list[str]) -> tuple[Iterator[tuple
         raise UserError("images in files need Pillow: pip install 'mpruner-dist[vision]'")
     decoded = _labelled(table, rows, source, source.image_field, labels)
     return ((_pixels(image), label) for image, label in decoded), len(rows)
+
+
+def open_speech(source: SourceConfig) -> tuple[Iterator[tuple[bytes | Path, str, str]], int]:
+    """The recordings that a source takes, with what is said in each and where it stands, and how many they are.
+
+    A recording is what its file holds, or the file.
+
+    Raises:
+        UserError: nothing there, an unknown format, no such field; while it is read, what is no recording.
+    """
+    table, rows, _ = _open(source, "audio_field", "target_field")
+    if isinstance(table.features[source.audio_field], datasets.Audio):
+        table = table.cast_column(source.audio_field, datasets.Audio(decode=False))
+    path = Path(source.path).expanduser()
+    folder = path if path.is_dir() else path.parent
+
+    def records() -> Iterator[tuple[bytes | Path, str, str]]:
+        for row in rows:
+            record = table[row]
+            found, text = record[source.audio_field], record[source.target_field]
+            where = f"{source.audio_field} of record {row} of {source.path}"
+            if isinstance(found, dict):
+                found = found.get("bytes") or found.get("path")
+            if not isinstance(found, str | bytes):
+                raise UserError(f"{where} is no recording: set audio_field, or write the paths of files there")
+            if _is_text(text):
+                yield (folder / found if isinstance(found, str) else found), text, where
+
+    return records(), len(rows)
 
 
 def _pixels(image: Any) -> Bytes:

@@ -17,6 +17,8 @@ def require_extras(config: Config) -> None:
     needs: list[tuple[str, str, tuple[str, ...]]] = []
     if metrics := FACTS[task].of_generated:
         needs.append((f"model.task {task}, for {', '.join(metrics)},", "generation", ("sacrebleu", "rouge_score")))
+    if FACTS[task].reads == "speech":
+        needs.append((f"model.task {task}", "speech", ("soundfile", "soxr", "jiwer")))
     if rounds is not None and rounds.task is not None:
         needs.append(("rounds.metric task", "eval", ("lm_eval",)))
     if config.evaluate.tasks:

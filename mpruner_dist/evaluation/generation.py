@@ -1,4 +1,4 @@
-"""How near the texts that a model generates come to the right ones. Needs the extra `generation`."""
+"""How near the texts that a model generates come to the right ones. Needs the extras `generation` and `speech`."""
 
 import re
 from collections.abc import Callable
@@ -7,19 +7,22 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from transformers import GenerationMixin
 
+from mpruner_dist.cluster.engine import in_its_number_type
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config
+from mpruner_dist.config.task import FACTS
 from mpruner_dist.data.blocks import batch_rows, num_batches, share_of_batches
-from mpruner_dist.data.pairs import Pairs
 from mpruner_dist.data.readers import load_tokenizer
 from mpruner_dist.tasks import task_of
 
 Tell = Callable[[int], None]
+OF_ENCODER = ("input_ids", "attention_mask", "input_features")
 
 
 def generated_quality(
-    worker: Worker, engine: Any, part: Pairs, folder: Path, config: Config, tell: Tell
+    worker: Worker, engine: Any, part: Any, folder: Path, config: Config, tell: Tell
 ) -> dict[str, float]:
     """Generate what should be said of every text of a part, on all workers, and compare; the same on every worker.
 
@@ -29,26 +32,23 @@ def generated_quality(
     Args:
         worker: this one.
         engine: only runs forward.
-        part: the texts and what should be said.
+        part: Pairs or Speech: the texts or recordings, and what should be said.
         folder: of the model, for its tokenizer.
         config: of the run.
         tell: hears how many batches are done.
     """
     tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
-    texts = [
-        tokenizer.batch_decode(rows, skip_special_tokens=True)
-        for rows in (
-            generate(worker, engine, part, config, tell).tolist(),
-            [ids[1:length] for ids, length in zip(part.target_ids.tolist(), part.target_lengths, strict=True)],
-        )
-    ]
-    return compared(*texts)
+    generated = generate(worker, engine, part, config, tell).tolist()
+    targets = zip(part.target_ids.tolist(), part.target_lengths.tolist(), strict=True)
+    asked = [ids[part.prompt : length] for ids, length in targets]
+    said, right = (tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in (generated, asked))
+    return {metric: COMPARE[metric](said, right) for metric in FACTS[config.model.task].of_generated}
 
 
-def generate(worker: Worker, engine: Any, part: Pairs, config: Config, tell: Tell) -> torch.Tensor:
+def generate(worker: Worker, engine: Any, part: Any, config: Config, tell: Tell) -> torch.Tensor:
     """Tokens that follow from each text, int64 [pairs, longest target], padded; the same on every worker."""
     model, size = engine.module, config.evaluate.batch_size
-    longest = part.target_ids.shape[1] - 1
+    longest = part.target_ids.shape[1] - part.prompt
     batches = num_batches(len(part), size)
     divided = worker.world_size > 1 and engine.zero_optimization_partition_weights()
     mine, turns = share_of_batches(list(range(batches)), worker.rank, worker.world_size)
@@ -58,10 +58,13 @@ def generate(worker: Worker, engine: Any, part: Pairs, config: Config, tell: Tel
         counted = turn < len(mine)  # else a turn taken only because ZeRO stage 3 needs everyone
         rows = batch_rows(mine[turn] if counted else 0, size, len(part))
         inputs = task_of(config.model).batch(part.rows(rows), worker.device).inputs
+        read = {name: value for name, value in in_its_number_type(model, inputs).items() if name in OF_ENCODER}
         with torch.no_grad():
-            tokens = model.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
+            # that of transformers for all models: Whisper's own would find out the language, and divide recordings
+            tokens = GenerationMixin.generate(
+                model,
+                **read,
+                decoder_input_ids=inputs["decoder_input_ids"][:, : part.prompt],
                 max_new_tokens=longest,
                 do_sample=False,
                 num_beams=1,
@@ -69,12 +72,45 @@ def generate(worker: Worker, engine: Any, part: Pairs, config: Config, tell: Tel
                 return_dict_in_generate=False,
                 min_length=0,  # no longer than the right texts must be possible
                 synced_gpus=divided,  # a worker that is done goes on as long as any other is not
-            )[:, 1:]
+            )[:, part.prompt :]
         if counted:
             said[rows.start : rows.stop] = model.config.pad_token_id
             said[rows.start : rows.stop, : tokens.shape[1]] = tokens
         tell(min((turn + 1) * worker.world_size, batches))
     return worker.sum_over_workers(said)
+
+
+def bleu(said: list[str], right: list[str]) -> float:
+    """BLEU of all texts together, from 0 to 1, with sacrebleu's defaults."""
+    import sacrebleu
+
+    return float(sacrebleu.corpus_bleu(said, [right]).score / 100)
+
+
+def chrf(said: list[str], right: list[str]) -> float:
+    """ChrF of all texts together, from 0 to 1, with sacrebleu's defaults."""
+    import sacrebleu
+
+    return float(sacrebleu.corpus_chrf(said, [right]).score / 100)
+
+
+def rouge_l(said: list[str], right: list[str]) -> float:
+    """The mean over the texts of the F of ROUGE-L over words, from 0 to 1."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], tokenizer=Words())  # its own knows the letters a to z alone
+    return fmean(scorer.score(*pair)["rougeL"].fmeasure for pair in zip(right, said, strict=True))
+
+
+def word_error_rate(said: list[str], right: list[str]) -> float:
+    """Words wrong, too many or missing, of all texts together, as a share of the right words: from 0, and beyond 1.
+
+    Without regard to capitals, punctuation and how words are set apart.
+    """
+    import jiwer
+
+    plain_right, plain_said = ([" ".join(Words().tokenize(text)) for text in texts] for texts in (right, said))
+    return float(jiwer.wer(plain_right, plain_said))
 
 
 class Words:
@@ -85,14 +121,5 @@ class Words:
         return re.findall(r"\w+", text.lower())
 
 
-def compared(said: list[str], right: list[str]) -> dict[str, float]:
-    """BLEU and chrF of all texts together (sacrebleu's defaults), and the mean F of ROUGE-L over words, from 0 to 1."""
-    import sacrebleu
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"], tokenizer=Words())  # its own knows the letters a to z alone
-    return {
-        "bleu": sacrebleu.corpus_bleu(said, [right]).score / 100,
-        "chrf": sacrebleu.corpus_chrf(said, [right]).score / 100,
-        "rouge_l": fmean(scorer.score(*pair)["rougeL"].fmeasure for pair in zip(right, said, strict=True)),
-    }
+COMPARE = {"bleu": bleu, "chrf": chrf, "rouge_l": rouge_l, "word_error_rate": word_error_rate}
+"""What is said of the texts that a model generates and the right ones, in this order, by the name of the metric."""

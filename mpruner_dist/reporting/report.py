@@ -56,6 +56,9 @@ METRIC_NOTES = {
     "image-classification": f"Accuracy is the share of the images{CLASSES}",
     "sequence-to-sequence": "BLEU, chrF and ROUGE-L compare what the model generates, word by word the likeliest, with "
     "the right text, and go from 0 to 1",
+    "automatic-speech-recognition": "The word error rate counts words that are wrong, too many or missing in what the "
+    "model generates, by the words that were said, without regard to capitals and punctuation; BLEU and chrF go from 0 "
+    "to 1",
 }
 CARD_MARKER = "<!-- mpruner-dist -->"
 Facts = dict[str, Any]

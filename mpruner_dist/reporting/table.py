@@ -7,9 +7,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mpruner_dist.config.task import GENERATED
+from mpruner_dist.config.task import GENERATED, HEARD
 
-WRITTEN = {"macro_f1": "macro F1", "bleu": "BLEU", "chrf": "chrF", "rouge_l": "ROUGE-L"}
+WRITTEN = {
+    "macro_f1": "macro F1",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "rouge_l": "ROUGE-L",
+    "word_error_rate": "word error rate",
+}
 _RATE = "s_per_second"
 
 
@@ -62,7 +68,7 @@ def unit_of(evaluation: dict[str, Any]) -> str:
 def metrics_of(evaluation: dict[str, Any]) -> tuple[str, ...]:
     """The metrics of quality that are shown of `evaluation.json`."""
     entry = next(iter(evaluation.values()))
-    for known in (GENERATED, ("perplexity",), ("accuracy", "macro_f1")):
+    for known in (HEARD if "word_error_rate" in entry else GENERATED, ("perplexity",), ("accuracy", "macro_f1")):
         if shown := tuple(metric for metric in known if metric in entry):
             return shown
     raise ValueError(f"no known metric among {', '.join(entry)}")

@@ -18,8 +18,9 @@ def training(config: Config, data: dict[str, Any], weights: dict[str, Any] | Non
     retrain = config.retrain
     if retrain is None:
         return []
-    rows, of_tokens = "images", ""
-    if FACTS[config.model.task].reads == "text":
+    reads = FACTS[config.model.task].reads
+    rows, of_tokens = "recordings" if reads == "speech" else "images", ""
+    if reads == "text":
         rows, of_tokens = "sequences", f" of {'' if data['packed'] else 'at most '}{config.data.block_size} tokens"
     lines = [
         f"{retrain.steps} steps of {retrain.batch_size} {rows}{of_tokens}: "

@@ -39,12 +39,12 @@ def require_fitting_teacher(
             f"{where} has the classes {list(theirs.id2label.values())}, the model {list(mine.id2label.values())}: "
             "their predictions cannot be compared"
         )
-    if FACTS[task].reads == "text" and theirs.vocab_size != mine.vocab_size:
+    if FACTS[task].has_words and theirs.vocab_size != mine.vocab_size:
         raise UserError(
             f"{where} has a vocabulary of {theirs.vocab_size} words, the model one of {mine.vocab_size}: their "
             "predictions cannot be compared; take a teacher of the same family"
         )
-    if FACTS[task].reads == "text":
+    if FACTS[task].has_words:
         vocabularies = [load_tokenizer(folder, trust_remote_code).get_vocab() for folder in (teacher, model)]
         _require_same_ids(where, *vocabularies)
     if config.hidden_weight:

@@ -1,20 +1,16 @@
-"""The stage `data`: text to token blocks."""
+"""The stage `data`: text to token blocks, images to pixels, recordings to spectra."""
 
 from pathlib import Path
 from typing import Any
 
-from mpruner_dist.config import SourceConfig
+from mpruner_dist.config import DataConfig, SourceConfig
+from mpruner_dist.config.task import FACTS, TaskFacts
 from mpruner_dist.logs import show_progress
 from mpruner_dist.road import Road, Step
 from mpruner_dist.runs.digest import spot_digest
 
 TOKENIZERS = ("*token*", "*.spm", "*.model", "vocab.*", "merges.txt", "preprocessor_config.json")
 """Names of files that say how data are read."""
-OF_PAIRS: Any = {
-    "target_size": True,
-    **{part: {"target_field"} for part in ("calibration", "train", "validation", "test")},
-}
-"""Settings that only sequence-to-sequence reads."""
 
 
 def data(road: Road) -> Step:
@@ -24,18 +20,21 @@ def data(road: Road) -> Step:
     readers = {file for pattern in TOKENIZERS for file in road.source.glob(pattern)}
     tokenizer = {file.name: spot_digest(file) for file in sorted(readers)}
     files = {part: source_digest(source) for part, source in road.config.data.parts().items()}
-    of_pairs = road.config.model.task == "sequence-to-sequence"
+    facts = FACTS[road.config.model.task]
     inputs = {
         "task": road.config.model.task,
         "labels": road.checkpoint.config.get("id2label"),
         "padding": road.checkpoint.config.get("pad_token_id"),
         "tokenizer": tokenizer,
-        "data": road.config.data.model_dump(mode="json", exclude=None if of_pairs else OF_PAIRS),
+        "data": settings_read(road.config.data, facts),
         "blocks": blocks_needed(road.config),
         "files": files,
     }
-    if of_pairs:
+    if facts.of_generated:
         inputs["decoder_start"] = road.checkpoint.config.get("decoder_start_token_id")
+    if facts.reads == "speech":
+        fields = ("num_mel_bins", "max_source_positions", "max_target_positions")
+        inputs["places"] = {name: road.checkpoint.config.get(name) for name in fields}
 
     def make() -> None:
         from mpruner_dist.data.prepare import prepare_data
@@ -46,6 +45,15 @@ def data(road: Road) -> Step:
             prepare_data(road.config, road.source, road.data, progress)
 
     return inputs, ("data/data.json",), make
+
+
+def settings_read(config: DataConfig, facts: TaskFacts) -> dict[str, Any]:
+    """The settings but those that a task does not read, which may change."""
+    content = config.model_dump(mode="json", exclude=None if facts.of_generated else {"target_size"})
+    unread = ([] if facts.of_generated else ["target_field"]) + ([] if facts.reads == "speech" else ["audio_field"])
+    for part in config.parts():
+        content[part] = {name: value for name, value in content[part].items() if name not in unread}
+    return content
 
 
 def source_digest(source: SourceConfig) -> dict[str, str]:

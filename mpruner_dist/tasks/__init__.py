@@ -5,7 +5,7 @@ from typing import Any
 from mpruner_dist.config import ModelConfig
 from mpruner_dist.tasks.causal import NextToken
 from mpruner_dist.tasks.classification import ImageClass, TextClass
-from mpruner_dist.tasks.pairs import NextTargetToken
+from mpruner_dist.tasks.pairs import NextTargetToken, SpokenToken
 from mpruner_dist.tasks.task import IGNORED, Batch, Task, summed_nll
 
 __all__ = ["IGNORED", "TASKS", "Batch", "Task", "summed_nll", "task_of"]
@@ -15,6 +15,7 @@ TASKS: dict[str, Task[Any]] = {
     "text-classification": TextClass(),
     "image-classification": ImageClass(),
     "sequence-to-sequence": NextTargetToken(),
+    "automatic-speech-recognition": SpokenToken(),
 }
 """By `model.task`."""
 
