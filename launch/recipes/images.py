@@ -5,11 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
-from fetching import PrepareError
+from fetching import from_debian
 
 from recipes.training import SEED, fit, is_there, new_folder
 
@@ -23,29 +22,12 @@ NAMES = {"id2label": dict(enumerate(CLOTHES)), "label2id": {name: number for num
 
 
 def fashion_mnist(folder: Path) -> Path:
-    """The images: there already, or copied from where Debian installs them, or out of the package.
-
-    Raises:
-        PrepareError: they are neither installed nor can they be downloaded.
-    """
-    images, download = folder / "fashion-mnist", folder / "download"
-    if images.is_dir():
-        return images
-    source = INSTALLED_IMAGES
-    if not source.is_dir():
-        download.mkdir(parents=True, exist_ok=True)
-        command = ["apt-get", "download", "dataset-fashion-mnist"]
-        try:
-            done = subprocess.run(command, cwd=download, text=True, capture_output=True, check=False)
-            packages = sorted(download.glob("dataset-fashion-mnist_*.deb"))
-            if not packages:
-                raise PrepareError(f"{' '.join(command)}: {done.stderr.strip()}; install that package and run again")
-            subprocess.run(["dpkg-deb", "-x", packages[-1], download / "fashion-mnist"], check=True)
-        except FileNotFoundError as error:
-            raise PrepareError(f"no {error.filename} here: put the IDX files of Fashion-MNIST into {images}") from error
-        source = download / "fashion-mnist" / INSTALLED_IMAGES.relative_to("/")
-    with new_folder(images) as partial:
-        shutil.copytree(source, partial, dirs_exist_ok=True)
+    """The images: there already, or copied from the package of Debian."""
+    images = folder / "fashion-mnist"
+    if not images.is_dir():
+        source = from_debian("dataset-fashion-mnist", INSTALLED_IMAGES, folder / "download")
+        with new_folder(images) as partial:
+            shutil.copytree(source, partial, dirs_exist_ok=True)
     return images
 
 
