@@ -18,6 +18,7 @@ import torch
 import transformers
 import yaml
 from conftest import ROOT, WORDS, Cli, make_tokenizer, write_config
+from test_speech import sound
 from tokenizers import pre_tokenizers
 
 from mpruner_dist.checkpoints.folder import read_checkpoint
@@ -34,7 +35,11 @@ OBJECTS = [f"object {number}" for number in range(1000)]
 OBJECTS[134] = OBJECTS[517] = "crane"
 """As models name the classes of ImageNet. `datasets` allows no name twice, and calls the second crane2."""
 
-NEEDED = {"image-classification": ("PIL",), "sequence-to-sequence": ("sacrebleu", "rouge_score")}
+NEEDED = {
+    "image-classification": ("PIL",),
+    "sequence-to-sequence": ("sacrebleu", "rouge_score"),
+    "automatic-speech-recognition": ("sacrebleu", "rouge_score", "soundfile", "soxr", "jiwer"),
+}
 """Packages of extras, by task."""
 
 LLAMA: dict[str, Any] = {"vocab_size": 128256, "num_key_value_heads": 8, "rope_theta": 5e5}
@@ -51,6 +56,11 @@ PUBLISHED: dict[str, tuple[str, int, dict[str, Any]]] = {
     "ZhangCheng/T5-Base-finetuned-for-Question-Generation": (
         "T5ForConditionalGeneration", 222_903_552,
         {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12, "decoder_start_token_id": 0},
+    ),
+    "openai/whisper-small": (
+        "WhisperForConditionalGeneration", 241_734_912,
+        {"d_model": 768, "encoder_layers": 12, "decoder_layers": 12, "encoder_attention_heads": 12,
+         "decoder_attention_heads": 12, "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072, "vocab_size": 51865},
     ),
     "Qwen/Qwen2.5-0.5B": (
         "Qwen2ForCausalLM", 494_032_768,
@@ -89,6 +99,8 @@ def make_checkpoint(path: str, dtype: str, folder: Path) -> Path:
         transformers.Qwen2Tokenizer({letter: n for n, letter in enumerate(letters)}, []).save_pretrained(folder)
     else:
         make_tokenizer(folder)
+    if architecture.startswith("Whisper"):
+        transformers.WhisperFeatureExtractor().save_pretrained(folder)
     if architecture.startswith("ResNet"):  # small, for the sake of time
         (folder / "preprocessor_config.json").write_text(json.dumps({"crop_size": 8}))
     model = empty_model(config)
@@ -140,6 +152,20 @@ def make_images(count: int, path: Path) -> Path:
     return path
 
 
+def make_speech(count: int, path: Path) -> Path:
+    """Recordings as the hub has them: one of two seconds, again and again, with 40 words."""
+    import soundfile
+
+    content = io.BytesIO()
+    soundfile.write(content, sound(0, 2.0, 16000), 16000, format="FLAC")
+    features = datasets.Features({"audio": datasets.Audio(16000), "text": datasets.Value("string")})
+    table = datasets.Dataset.from_dict(
+        {"audio": [{"bytes": content.getvalue(), "path": None}] * count, "text": [" ".join(WORDS[:40])] * count}
+    )
+    table.cast(features).save_to_disk(path)
+    return path
+
+
 def make_data(content: dict[str, Any], folder: Path) -> None:
     """Put a made-up source into the place of each that a recipe names, as large as calibration needs."""
     collect = content["collect"]
@@ -149,6 +175,8 @@ def make_data(content: dict[str, Any], folder: Path) -> None:
         count = collect["batch_size"] * collect["num_batches"] if part == "calibration" else 40
         if content["model"].get("task") == "image-classification":
             source["path"] = str(make_images(count, folder / part))
+        elif content["model"].get("task") == "automatic-speech-recognition":
+            source["path"] = str(make_speech(count, folder / part))
         else:
             texts = count * content["data"]["block_size"] // 90 if "task" not in content["model"] else count
             source["path"] = str(make_records(source, texts, folder / f"{part}.jsonl"))

@@ -7,7 +7,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import GenerationMixin
 
 from mpruner_dist.cluster.engine import in_its_number_type
 from mpruner_dist.cluster.worker import Worker
@@ -15,10 +14,10 @@ from mpruner_dist.config import Config
 from mpruner_dist.config.task import FACTS
 from mpruner_dist.data.blocks import batch_rows, num_batches, share_of_batches
 from mpruner_dist.data.readers import load_tokenizer
+from mpruner_dist.models.generating import continued
 from mpruner_dist.tasks import task_of
 
 Tell = Callable[[int], None]
-OF_ENCODER = ("input_ids", "attention_mask", "input_features")
 
 
 def generated_quality(
@@ -58,21 +57,7 @@ def generate(worker: Worker, engine: Any, part: Any, config: Config, tell: Tell)
         counted = turn < len(mine)  # else a turn taken only because ZeRO stage 3 needs everyone
         rows = batch_rows(mine[turn] if counted else 0, size, len(part))
         inputs = task_of(config.model).batch(part.rows(rows), worker.device).inputs
-        read = {name: value for name, value in in_its_number_type(model, inputs).items() if name in OF_ENCODER}
-        with torch.no_grad():
-            # that of transformers for all models: Whisper's own would find out the language, and divide recordings
-            tokens = GenerationMixin.generate(
-                model,
-                **read,
-                decoder_input_ids=inputs["decoder_input_ids"][:, : part.prompt],
-                max_new_tokens=longest,
-                do_sample=False,
-                num_beams=1,
-                use_cache=True,
-                return_dict_in_generate=False,
-                min_length=0,  # no longer than the right texts must be possible
-                synced_gpus=divided,  # a worker that is done goes on as long as any other is not
-            )[:, part.prompt :]
+        tokens = continued(model, in_its_number_type(model, inputs), part.prompt, longest, together=divided)
         if counted:
             said[rows.start : rows.stop] = model.config.pad_token_id
             said[rows.start : rows.stop, : tokens.shape[1]] = tokens
