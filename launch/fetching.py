@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -68,9 +69,12 @@ def from_debian(package: str, installed: Path, download: Path) -> Path:
     Raises:
         PrepareError: it is neither installed nor can it be downloaded.
     """
-    unpacked = download / package / installed.relative_to("/")
-    if installed.exists() or unpacked.exists():
+    folder = download / package
+    unpacked = folder / installed.relative_to("/")
+    if installed.exists() or folder.is_dir():
         return installed if installed.exists() else unpacked
+    partial = folder.with_name(f"{package}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     download.mkdir(parents=True, exist_ok=True)
     command = ["apt-get", "download", package]
     try:
@@ -78,7 +82,10 @@ def from_debian(package: str, installed: Path, download: Path) -> Path:
         packages = sorted(download.glob(f"{package}_*.deb"))
         if not packages:
             raise PrepareError(f"{' '.join(command)}: {done.stderr.strip()}; install that package and run again")
-        subprocess.run(["dpkg-deb", "-x", packages[-1], download / package], check=True)
+        subprocess.run(["dpkg-deb", "-x", packages[-1], partial], check=True)
+        partial.rename(folder)
+    except subprocess.CalledProcessError as error:
+        raise PrepareError(f"{packages[-1]} could not be unpacked, see above; delete it and run again") from error
     except FileNotFoundError as error:
         raise PrepareError(f"no {error.filename} here: install the Debian package {package}") from error
     return unpacked

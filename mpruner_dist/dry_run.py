@@ -141,7 +141,8 @@ def _planning(
 
 def _evaluation(config: Config, checkpoint: CheckpointFolder, settings: Settings, model_config: Any, test: Part) -> str:
     # the logits of a class are a few numbers
-    said = (config.data.target_size or config.data.block_size) if FACTS[config.model.task].unit == "token" else 0
+    most = getattr(model_config, "max_target_positions", config.data.block_size)  # of speech
+    said = (config.data.target_size or most) if FACTS[config.model.task].unit == "token" else 0
     words = said * model_config.vocab_size if said else 0
     memory = _weights(config, checkpoint, settings) + config.evaluate.batch_size * words * 8
     models, task = 2 if config.retrain is None else 3, task_of(config.model)

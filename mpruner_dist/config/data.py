@@ -39,7 +39,8 @@ class SourceConfig(Section):
     recording."""
     image_field: str = "image"
     audio_field: str = "audio"
-    """Of automatic-speech-recognition: a recording, or the path of its file, from the folder of the data file on."""
+    """Of automatic-speech-recognition: a recording, or the path of its file, from the folder on that `path` names or
+    lies in."""
     take: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
     """Share of the records, in their order: [0.2, 0.8] takes those from 20 % to 80 %."""
 
@@ -67,6 +68,8 @@ class DataConfig(Section):
     target_size: Positive | None = None
     """Of sequence-to-sequence and automatic-speech-recognition: at most so many tokens of a target; without it,
     block_size, or what the decoder has positions for."""
+    language: str | None = None
+    """Of automatic-speech-recognition: what is spoken, such as english; without it, what the tokenizer is set to."""
     pack: bool = True
     """Of causal-lm: true joins records into full blocks; false gives each record a block of its own, padded."""
     calibration: SourceConfig

@@ -125,6 +125,8 @@ class Config(Section):
                 f"data.target_size is of model.task sequence-to-sequence and automatic-speech-recognition, not {task}: "
                 "leave it out"
             )
+        if self.data.language is not None and FACTS[task].reads != "speech":
+            raise ValueError(f"data.language is of model.task automatic-speech-recognition, not {task}: leave it out")
         distillation = self.retrain and self.retrain.distillation
         if distillation and distillation.top_k and FACTS[task].unit != "token":
             raise ValueError(f"retrain.distillation.top_k is of words, and model.task {task} has classes: leave it out")

@@ -14,7 +14,7 @@ from mpruner_dist.data.images import LabelledImages, PixelFormat, make_images, p
 from mpruner_dist.data.labelled import LabelledTexts, label_names, make_labelled
 from mpruner_dist.data.pairs import Pairs, make_pairs
 from mpruner_dist.data.sources import open_images, open_labelled, open_pairs, open_source, open_speech
-from mpruner_dist.data.speech import Ear, Speech, make_speech
+from mpruner_dist.data.speech import Ear, Speech, Speller, make_speech
 from mpruner_dist.errors import UserError
 
 R = TypeVar("R")
@@ -106,11 +106,8 @@ class SpeechReader:
 
     unit = "recordings"
 
-    def __init__(self, config: DataConfig, ear: Ear, tokenizer: Any, longest: int, pad: int, start: int) -> None:
-        self.ear, self.tokenizer, self.pad, self.start = ear, tokenizer, pad, start
-        self.longest = config.target_size or longest
-        if self.longest > longest:
-            raise UserError(f"data.target_size {self.longest}: the decoder has positions for {longest} tokens")
+    def __init__(self, ear: Ear, speller: Speller, pad: int) -> None:
+        self.ear, self.speller, self.pad = ear, speller, pad
 
     def read(self, source: SourceConfig, limit: int | None, watch: Watch) -> Speech:
         """A row a record."""
@@ -118,9 +115,7 @@ class SpeechReader:
         heard = ((self.ear.load(found, where), text) for found, text, where in records)
         watched = watch(heard, number, lambda record: hashlib.sha256(record[0].tobytes()).hexdigest())
         most = number if limit is None else min(limit, number)
-        return make_speech(
-            watched, self.ear, self.tokenizer, self.longest, most, self.pad, self.start, source.path
-        )  # fmt: skip
+        return make_speech(watched, self.ear, self.speller, most, self.pad, source.path)
 
     def facts(self, part: Speech) -> dict[str, Any]:
         """How many tokens are to be said, and how many places of the encoder hold sound."""
@@ -160,16 +155,17 @@ def make_reader(config: Config, model_folder: Path) -> Reader:
     """
     if config.model.task == "image-classification":
         return ImageReader(pixel_format(model_folder), label_names(model_folder))
-    tokenizer = load_tokenizer(model_folder, config.model.trust_remote_code)
+    trusted = config.model.trust_remote_code
+    tokenizer = load_tokenizer(model_folder, trusted)
     if config.model.task == "causal-lm":
         return BlockReader(config.data, tokenizer)
     if config.model.task == "sequence-to-sequence":
-        return PairReader(config.data, tokenizer, *decoder_tokens(model_folder, config.model.trust_remote_code))
+        return PairReader(config.data, tokenizer, *decoder_tokens(model_folder, trusted))
     if config.model.task == "automatic-speech-recognition":
-        pad, start = decoder_tokens(model_folder, config.model.trust_remote_code)
-        longest = _config(model_folder, config.model.trust_remote_code).max_target_positions
-        return SpeechReader(config.data, Ear(model_folder), tokenizer, longest, pad, start)
-    pad = padding_token(model_folder, config.model.trust_remote_code)
+        model, (pad, _) = _config(model_folder, trusted), decoder_tokens(model_folder, trusted)
+        speller = Speller(tokenizer, config.data.language, config.data.target_size, model)
+        return SpeechReader(Ear(model_folder), speller, pad)
+    pad = padding_token(model_folder, trusted)
     return LabelledReader(config.data, tokenizer, label_names(model_folder), pad)
 
 

@@ -91,6 +91,7 @@ def open_speech(source: SourceConfig) -> tuple[Iterator[tuple[bytes | Path, str,
         UserError: nothing there, an unknown format, no such field; while it is read, what is no recording.
     """
     table, rows, _ = _open(source, "audio_field", "target_field")
+    table = table.select_columns([source.audio_field, source.target_field])
     if isinstance(table.features[source.audio_field], datasets.Audio):
         table = table.cast_column(source.audio_field, datasets.Audio(decode=False))
     path = Path(source.path).expanduser()

@@ -19,6 +19,10 @@ from mpruner_dist.errors import UserError
 log = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float32]
+MULTILINGUAL = 51865
+"""From so many tokens on a Whisper knows many languages; OpenAI's rule."""
+WITH_LANGUAGE = 3
+"""Tokens that such a model begins with, at least: the start, a language, what to do."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Speech(Targets):
 
 
 class Ear:
-    """What a model makes of sound, as its preprocessor_config.json says, before its encoder.
+    """What a model makes of sound before its encoder, as its preprocessor_config.json or processor_config.json says.
 
     Raises:
         UserError: it hears otherwise than Whisper: spectra of a fixed length.
@@ -101,11 +105,11 @@ class Ear:
         try:
             opened = io.BytesIO(recording) if isinstance(recording, bytes) else recording
             samples, rate = soundfile.read(opened, dtype="float32", always_2d=True)
-        except (OSError, soundfile.SoundFileError) as error:
+        except (OSError, TypeError, ValueError, soundfile.SoundFileError) as error:
             raise UserError(f"{where} is no recording that can be read: {error}") from error
-        if not len(samples):
-            raise UserError(f"{where} is empty: take it out")
-        heard: Floats = soxr.resample(samples.mean(1), rate, self.rate)
+        heard: Floats = soxr.resample(samples.mean(1), rate, self.rate) if len(samples) else np.zeros(0, np.float32)
+        if not len(heard) or not np.isfinite(heard).all():
+            raise UserError(f"{where} is {'not finite' if len(heard) else 'empty'}: take it out")
         return heard
 
     def spectrum(self, samples: Floats) -> tuple[Floats, int]:
@@ -115,56 +119,94 @@ class Ear:
         return made["input_features"][0].astype(np.float32), -(-frames // self.step)
 
 
-def make_speech(
-    records: Iterable[tuple[Floats, str]],
-    ear: Ear,
-    tokenizer: Any,
-    longest_target: int,
-    number: int,
-    pad: int,
-    start: int,
-    source: str,
-) -> Speech:
-    """At most `number` recordings, with the special tokens of the model; there is memory for so many, once.
+class Speller:
+    """Makes tokens of what is said: the model's first ones, such as <|startoftranscript|><|en|>, the text, the end.
 
-    What is longer than the model hears at once is left out, and told: its end would be missing. A target that is too
-    long is cut.
+    Args:
+        tokenizer: of the model.
+        language: that is spoken; None leaves the tokenizer as it is set.
+        longest: tokens of a target, special ones included; None takes as many as the decoder has positions for.
+        config: of the model.
+
+    Raises:
+        UserError: tokenizer and model do not belong together; no language where there are many; no room for a word.
+    """
+
+    def __init__(self, tokenizer: Any, language: str | None, longest: int | None, config: Any) -> None:
+        self.tokenizer, self.start, self.cut = tokenizer, config.decoder_start_token_id, 0
+        if language is not None:
+            try:
+                tokenizer.set_prefix_tokens(language=language, task="transcribe")
+            except (AttributeError, ValueError) as error:
+                raise UserError(
+                    f"data.language {language}: the model's tokenizer does not know it ({error})"
+                ) from error
+        alone: list[int] = tokenizer(text_target="")["input_ids"]
+        self.prompt, self.end = alone[:-1], alone[-1] if alone else None
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        if self.prompt[:1] != [self.start] or self.end not in ends:
+            raise UserError(
+                f"the tokenizer begins a text with the tokens {self.prompt} and ends it with {self.end}, the model's "
+                f"config.json has the decoder_start_token_id {self.start} and the eos_token_id {config.eos_token_id}: "
+                "correct the one or the other"
+            )
+        if config.vocab_size >= MULTILINGUAL and len(self.prompt) < WITH_LANGUAGE:
+            raise UserError(
+                "the model knows many languages, and its tokenizer is set to none: set data.language to what is "
+                "spoken, such as english"
+            )
+        self.longest = longest or config.max_target_positions
+        if not len(self.prompt) + 1 < self.longest <= config.max_target_positions:
+            raise UserError(
+                f"data.target_size {self.longest}: {len(self.prompt) + 1} tokens begin and end each text, and the "
+                f"decoder has positions for {config.max_target_positions}"
+            )
+
+    def spell(self, text: str) -> list[int]:
+        """The tokens; those too many are cut off before the end, and counted in `cut`."""
+        tokens: list[int] = self.tokenizer(text_target=text, verbose=False)["input_ids"]
+        if len(tokens) > self.longest:
+            self.cut += 1
+            tokens = tokens[: self.longest - 1] + tokens[-1:]
+        return tokens
+
+
+def make_speech(
+    records: Iterable[tuple[Floats, str]], ear: Ear, speller: Speller, number: int, pad: int, source: str
+) -> Speech:
+    """At most `number` recordings; there is memory for so many, once.
+
+    What is longer than the model hears at once is left out, for its end would be missing; a text with too many tokens
+    is cut; both are told.
 
     Args:
         records: samples at the model's rate, and what is said.
         ear: the model's.
-        tokenizer: of the model.
-        longest_target: tokens.
+        speller: the model's.
         number: of recordings.
         pad: token that fills rows.
-        start: token that a decoder begins with.
         source: of the records, for the message.
     """
-    prompt = begun(tokenizer(text_target="")["input_ids"], start)[:-1]  # without the end of a text
     features = np.empty((number, *ear.shape), np.float32)
     lengths: list[int] = []
     targets: list[list[int]] = []
-    too_long = 0
+    too_long, cut = 0, speller.cut
     for samples, text in records:
         if len(samples) > ear.longest:
             too_long += 1
             continue
         features[len(targets)], length = ear.spectrum(samples)
         lengths.append(length)
-        tokens = tokenizer(text_target=text, max_length=longest_target, truncation=True, verbose=False)["input_ids"]
-        targets.append(begun(tokens, start))
+        targets.append(speller.spell(text))
         if len(targets) == number:
             break
     if too_long:
         log.warning(
-            "%d recordings of %s are longer than the %g s that the model hears at once, and left out: cut them",
-            too_long, source, ear.longest / ear.rate,
+            "recordings of %s that are longer than the %g s that the model hears at once, and left out: %d",
+            source, ear.longest / ear.rate, too_long,
         )  # fmt: skip
+    if speller.cut > cut:
+        log.warning("texts of %s that are cut at %d tokens: %d", source, speller.longest, speller.cut - cut)
     said = padded(targets, max(map(len, targets), default=1), pad)
-    positions = np.array([ear.positions], np.int32)
-    return Speech(features[: len(targets)], np.array(lengths, np.int32), *said, np.array(prompt, np.int32), positions)
-
-
-def begun(tokens: list[int], start: int) -> list[int]:
-    """With the token that a decoder begins with in front; Whisper's tokenizer puts it there itself."""
-    return tokens if tokens[:1] == [start] else [start, *tokens]
+    positions, prompt = np.array([ear.positions], np.int32), np.array(speller.prompt, np.int32)
+    return Speech(features[: len(targets)], np.array(lengths, np.int32), *said, prompt, positions)

@@ -24,6 +24,7 @@ def continued(model: Any, inputs: dict[str, Any], prompt: int, most: int, togeth
             model,
             **{name: value for name, value in inputs.items() if name in OF_ENCODER},
             decoder_input_ids=inputs["decoder_input_ids"][:, :prompt],
+            decoder_start_token_id=int(inputs["decoder_input_ids"][0, 0]),  # else one of its own might come before
             max_new_tokens=most,
             do_sample=False,
             num_beams=1,

@@ -127,7 +127,7 @@ def _facts(run: Path, config: Config, stages: dict[str, dict[str, Any]]) -> Fact
         "comparison": comparison,
         "comparison_table": comparison_table(comparison) if comparison else None,
         "comparison_note": comparison_note(comparison) if comparison else "",
-        "measurement": measurement(similarity, config.collect, data),
+        "measurement": measurement(similarity, config.collect, data, FACTS[config.model.task].reads),
         "domination": domination(similarity),
         "layer_table": (LAYER_HEADINGS, layer_rows(similarity)),
         "window_table": (WINDOW_HEADINGS, window_rows(similarity)),

@@ -12,11 +12,13 @@ WINDOW_HEADINGS = ("layers in the window", "nearest to no change", "angular dist
 Similarity = dict[str, Any]
 
 
-def measurement(similarity: Similarity, collect: CollectConfig, data: dict[str, Any]) -> list[str]:
+def measurement(similarity: Similarity, collect: CollectConfig, data: dict[str, Any], reads: str) -> list[str]:
     """How the similarity was measured, one line a fact."""
     unit, null = similarity["unit"], similarity["null"]
     rows = f"sequences of {'' if data['packed'] else 'at most '}{data['block_size']} tokens"
     skipped = f"positions left out at the start of each sequence: {collect.skip_tokens}; "
+    if reads == "speech":
+        rows = "recordings"
     if unit == "image":
         rows, skipped = "images", ""
     outliers = (

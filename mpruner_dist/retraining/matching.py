@@ -47,14 +47,23 @@ def require_fitting_teacher(
     if FACTS[task].has_words:
         vocabularies = [load_tokenizer(folder, trust_remote_code).get_vocab() for folder in (teacher, model)]
         _require_same_ids(where, *vocabularies)
+    if FACTS[task].reads == "speech":
+        ears = ("num_mel_bins", "max_source_positions", "max_target_positions")
+        _require_equal(where, theirs, mine, ears, "both must hear the same")
     if config.hidden_weight:
-        for name in ("hidden_size", "num_hidden_layers", "hidden_sizes", "depths"):  # the latter of models of stages
-            there, here = (getattr(config, name, None) for config in (theirs, mine))
-            if there != here:
-                raise UserError(
-                    f"{where} has {name} {there}, the model {here}: hidden states can "
-                    "be compared layer by layer only where both are equal; set retrain.distillation.hidden_weight 0"
-                )
+        depths = ("hidden_size", "num_hidden_layers", "hidden_sizes", "depths")  # the latter of models of stages
+        why = (
+            "hidden states can be compared layer by layer only where both are equal; set "
+            "retrain.distillation.hidden_weight 0"
+        )
+        _require_equal(where, theirs, mine, depths, why)
+
+
+def _require_equal(where: str, theirs: Any, mine: Any, fields: tuple[str, ...], why: str) -> None:
+    for name in fields:
+        there, here = (getattr(config, name, None) for config in (theirs, mine))
+        if there != here:
+            raise UserError(f"{where} has {name} {there}, the model {here}: {why}")
 
 
 def _require_same_ids(where: str, theirs: dict[str, Any], mine: dict[str, Any]) -> None:

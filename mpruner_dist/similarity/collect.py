@@ -25,7 +25,7 @@ from mpruner_dist.similarity.tap import BatchStatistics, LayerTap
 from mpruner_dist.tasks import task_of
 
 SUM_TOLERANCE = 1e-12  # all-reduce and fold add the same float64 numbers in another order
-OF_MASKS = (" of its texts", " of its targets")
+OF_MASKS = (" of what is read", " of its targets")
 IsSettled = Callable[[BatchSums], bool]
 
 

@@ -9,7 +9,7 @@ from mpruner_dist.logs import show_progress
 from mpruner_dist.road import Road, Step
 from mpruner_dist.runs.digest import spot_digest
 
-TOKENIZERS = ("*token*", "*.spm", "*.model", "vocab.*", "merges.txt", "preprocessor_config.json")
+TOKENIZERS = ("*token*", "*.spm", "*.model", "vocab.*", "merges.txt", "*processor_config.json")
 """Names of files that say how data are read."""
 
 
@@ -49,7 +49,11 @@ def data(road: Road) -> Step:
 
 def settings_read(config: DataConfig, facts: TaskFacts) -> dict[str, Any]:
     """The settings but those that a task does not read, which may change."""
-    content = config.model_dump(mode="json", exclude=None if facts.of_generated else {"target_size"})
+    content = config.model_dump(mode="json")
+    if not facts.of_generated:
+        del content["target_size"]
+    if facts.reads != "speech":
+        del content["language"]
     unread = ([] if facts.of_generated else ["target_field"]) + ([] if facts.reads == "speech" else ["audio_field"])
     for part in config.parts():
         content[part] = {name: value for name, value in content[part].items() if name not in unread}
