@@ -26,13 +26,6 @@ from mpruner_dist.logs import ProgressWriter, show_progress
 
 log = logging.getLogger(__name__)
 
-RAY_TRAIN = {
-    # it would start workers anew on its own, beside cluster.max_restarts; what we do is in cluster/preemption.py
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # every stage ends up to so much later than its workers
-}
-"""Settings of Ray Train that have no arguments; the environment's own count."""
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -93,8 +86,6 @@ class RaySession:
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         # Ray hands the interpreter's path to a shell as it is; a space in it would cut it in two.
         runtime_env = {"py_executable": shlex.quote(sys.executable)} if " " in sys.executable else {}
-        for name, value in RAY_TRAIN.items():
-            os.environ.setdefault(name, value)
         for name in ("ray", "ray.train", "ray._private"):
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
