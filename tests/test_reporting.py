@@ -118,7 +118,7 @@ def test_a_judged_plan_tells_its_losses_and_never_speaks_of_similarity(tmp_path)
     card = (run / "pruned/README.md").read_text()
     assert "| 4 | another |" in card
     assert "nearly the same as a layer that was kept" not in card
-    assert "least loss on validation text" in card
+    assert "least loss on validation data" in card
 
 
 def test_a_comparison_is_shown_while_it_is_of_these_similarities(tmp_path):

@@ -38,9 +38,9 @@ OTHERS = {
     "angle between what its first layer is given and what its last hands on (arXiv 2403.17887).",
     "last": "the last layers that may go were removed, whatever they do.",
     "random": "the layers were drawn at random.",
-    "greedy": "one layer after another was removed, each time the one without which the loss on validation text is "
+    "greedy": "one layer after another was removed, each time the one without which the loss on validation data is "
     "lowest, with all that were left measured anew (as in SLEB, arXiv 2402.09025).",
-    "search": "layers were removed one after another by how much that raises the loss on validation text, measured "
+    "search": "layers were removed one after another by how much that raises the loss on validation data, measured "
     "anew only where it could change the choice; the better of that plan and those of block influence, partition and "
     "angular distance was then improved by swaps while forward passes were left. The rise of the loss below is an "
     "estimate, partly from a part of the text.",
