@@ -9,8 +9,8 @@ import soundfile
 import transformers
 import yaml
 from conftest import ROOT, WORDS, Cli, make_text, make_tokenizer, write_config
+from speech_models import make_whisper, sound
 from test_images import make_resnet, some_images, write_idx
-from test_speech import make_whisper, sound
 
 
 def dry_run(command: Cli, tmp_path: Path, settings: dict[str, Any]) -> tuple[int, str]:

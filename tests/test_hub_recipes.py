@@ -18,7 +18,7 @@ import torch
 import transformers
 import yaml
 from conftest import ROOT, WORDS, Cli, make_tokenizer, write_config
-from test_speech import WHISPER_TOKENS, make_whisper_tokenizer, sound
+from speech_models import WHISPER_TOKENS, make_whisper_tokenizer, sound
 from tokenizers import pre_tokenizers
 
 from mpruner_dist.checkpoints.folder import read_checkpoint

@@ -17,7 +17,7 @@ import torch
 import transformers
 from fetching import PrepareError, fetch, from_debian
 from recipes import images, phonemes, speech, texts, training
-from test_speech import WHISPER, WHISPER_TOKENS, make_whisper_tokenizer
+from speech_models import WHISPER, WHISPER_TOKENS, make_whisper_tokenizer
 
 
 def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -20,8 +20,11 @@ class Targets:
 
     target_ids: Ints
     target_lengths: Ints
-    prompt = 1
-    """With so many tokens each row begins alike; they are given, never predicted."""
+
+    @property
+    def prompt(self) -> int:
+        """With so many tokens each row begins alike; they are given, never predicted."""
+        return 1
 
     def target_mask(self) -> npt.NDArray[np.int64]:
         """1 for what the decoder is given of each row, 0 for padding."""

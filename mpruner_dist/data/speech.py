@@ -42,7 +42,7 @@ class Speech(Targets):
     """One number: the places that an encoder makes of the frames."""
 
     @property
-    def prompt(self) -> int:  # type: ignore[override]
+    def prompt(self) -> int:
         """With so many tokens each target begins alike."""
         return len(self.prompt_ids)
 

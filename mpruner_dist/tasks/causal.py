@@ -13,7 +13,26 @@ from mpruner_dist.data.blocks import Blocks
 from mpruner_dist.tasks.task import IGNORED, Batch, summed_nll
 
 
-class NextToken:
+class Tokens:
+    """What all tasks have in common that predict tokens one after another."""
+
+    def tally(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Likelihood, predictions, and how many of these were the likeliest word."""
+        sums: list[Any] = [
+            summed_nll(logits, batch.targets),
+            (batch.targets != IGNORED).sum(),
+            (logits.argmax(-1) == batch.targets).sum(),
+        ]
+        return torch.stack([value.double() for value in sums])
+
+    def quality(self, tally: list[float]) -> dict[str, float]:
+        """Perplexity, and the share of the tokens that were the likeliest."""
+        nll, predictions, hits = tally
+        # e^700 still is a float64
+        return {"perplexity": math.exp(min(nll / predictions, 700.0)), "accuracy": hits / predictions}
+
+
+class NextToken(Tokens):
     """A decoder, and blocks of text; every token but a block's first is predicted. B sequences, T tokens."""
 
     facts = FACTS["causal-lm"]
@@ -36,18 +55,3 @@ class NextToken:
     def size(self, part: Blocks) -> int:
         """All tokens."""
         return int(part.lengths.sum())
-
-    def tally(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Likelihood, predictions, and how many of these were the likeliest word."""
-        sums: list[Any] = [
-            summed_nll(logits, batch.targets),
-            (batch.targets != IGNORED).sum(),
-            (logits.argmax(-1) == batch.targets).sum(),
-        ]
-        return torch.stack([value.double() for value in sums])
-
-    def quality(self, tally: list[float]) -> dict[str, float]:
-        """Perplexity, and the share of the tokens that were the likeliest."""
-        nll, predictions, hits = tally
-        # e^700 still is a float64
-        return {"perplexity": math.exp(min(nll / predictions, 700.0)), "accuracy": hits / predictions}

@@ -9,38 +9,39 @@ import torch
 from mpruner_dist.config.task import FACTS
 from mpruner_dist.data.pairs import Pairs, Targets
 from mpruner_dist.data.speech import Speech
-from mpruner_dist.tasks.causal import NextToken
+from mpruner_dist.tasks.causal import Tokens
 from mpruner_dist.tasks.task import IGNORED, Batch
 
 
-class NextTargetToken(NextToken):
-    """An encoder that reads and a decoder that says; every token of a target is predicted from those before it.
+class TargetTokens(Tokens):
+    """Every token of a target is predicted from those before it, but for those that all targets begin with."""
 
-    B pairs, T tokens of what is read, U of what is said.
-    """
-
-    facts = FACTS["sequence-to-sequence"]
-
-    def batch(self, part: Pairs, device: torch.device) -> Batch:  # type: ignore[override]
-        """Ids and masks [B, T] and [B, U], int64."""
-        ids_BT, mask_BT = (torch.from_numpy(value).long().to(device) for value in (part.ids, part.mask()))
-        return said_of({"input_ids": ids_BT, "attention_mask": mask_BT}, part, device)
-
-    def predictions(self, part: Targets) -> npt.NDArray[np.int64]:  # type: ignore[override]
+    def predictions(self, part: Targets) -> npt.NDArray[np.int64]:
         """All tokens of the targets but those that all begin with."""
         return part.target_lengths.astype(np.int64) - part.prompt
 
-    def size(self, part: Pairs | Speech) -> int:  # type: ignore[override]
+    def size(self, part: Pairs | Speech) -> int:
         """All tokens, read and said; of a recording, the places that an encoder makes of what is heard."""
         return int(part.lengths.sum() + self.predictions(part).sum())
 
 
-class SpokenToken(NextTargetToken):
-    """The same of an encoder that hears. B recordings, K bands, F frames."""
+class NextTargetToken(TargetTokens):
+    """An encoder that reads and a decoder that says. B pairs, T tokens of what is read, U of what is said."""
+
+    facts = FACTS["sequence-to-sequence"]
+
+    def batch(self, part: Pairs, device: torch.device) -> Batch:
+        """Ids and masks [B, T] and [B, U], int64."""
+        ids_BT, mask_BT = (torch.from_numpy(value).long().to(device) for value in (part.ids, part.mask()))
+        return said_of({"input_ids": ids_BT, "attention_mask": mask_BT}, part, device)
+
+
+class SpokenToken(TargetTokens):
+    """An encoder that hears and a decoder that says. B recordings, K bands, F frames."""
 
     facts = FACTS["automatic-speech-recognition"]
 
-    def batch(self, part: Speech, device: torch.device) -> Batch:  # type: ignore[override]
+    def batch(self, part: Speech, device: torch.device) -> Batch:
         """Spectra [B, K, F], float32: the model hears the silence behind a recording too."""
         return said_of({"input_features": torch.from_numpy(part.features).to(device)}, part, device)
 
