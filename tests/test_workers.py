@@ -136,6 +136,28 @@ def told(session: RaySession, folder: Path, whom: str, *signals: int, deaf: bool
     return str(error.value)
 
 
+def be_ended_for_a_partner(worker: Worker, spec: dict[str, Any]) -> None:
+    partner_died = Path(spec["folder"]) / "partner_died"
+    if not partner_died.exists():
+        worker.barrier()
+        if worker.rank == 1:
+            partner_died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        while not worker._signals.received():  # a long step
+            time.sleep(0.01)
+        worker.must_stop()
+    (Path(spec["folder"]) / f"done{worker.rank}").touch()
+
+
+def test_a_worker_that_ray_ends_for_a_partners_death_was_not_told_to_stop(
+    session: RaySession, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "logs").mkdir()
+    session.run_workers(be_ended_for_a_partner, {"folder": str(tmp_path)}, "test", tmp_path)
+    assert f"test: rank 1 on {os.uname().nodename} was killed" in caplog.text
+    assert sorted(path.name for path in tmp_path.glob("done*")) == ["done0", "done1"]
+
+
 def expect_ended(folder: Path) -> None:
     """Ray can end its workers although they take SIGTERM for something else."""
     processes = [int((folder / f"pid{rank}").read_text()) for rank in range(2)]

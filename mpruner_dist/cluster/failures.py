@@ -7,15 +7,32 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.train import ControllerError, TrainingFailedError, UserCallback, WorkerGroupError
 
 from mpruner_dist.cluster import preemption
-from mpruner_dist.cluster.worker import worker_note
+from mpruner_dist.cluster.worker import end_of_group, worker_note
 from mpruner_dist.errors import MPrunerError, Preempted, StageFailure
 
 NODE_DEATH_S = 60
 """Ray's default settings take less to call a node dead that does not answer."""
 Notes = dict[int, dict[str, Any]]
+
+
+class LeaveWordOfEnd(UserCallback):
+    """Lets workers tell the SIGTERM by which Ray ends them, once one has failed, from one that announces an end.
+
+    Args:
+        logs: where the word is left.
+        stage: whose workers they are.
+    """
+
+    def __init__(self, logs: Path, stage: str) -> None:
+        self._path = end_of_group(logs, stage)
+        self._path.unlink(missing_ok=True)
+
+    def after_exception(self, **_: Any) -> None:
+        """Leave it: Ray Train calls this before it ends the others."""
+        self._path.touch()
 
 
 def explain(error: TrainingFailedError, stage: str, logs: Path, workers: int, *, joined: bool) -> str:

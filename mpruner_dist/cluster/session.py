@@ -16,7 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from mpruner_dist.cluster import preemption
 from mpruner_dist.cluster.address import cluster_address, require_listener
-from mpruner_dist.cluster.failures import explain, first_line
+from mpruner_dist.cluster.failures import LeaveWordOfEnd, explain, first_line
 from mpruner_dist.cluster.placement import Place, Usable, choose_device, find_place, living_nodes
 from mpruner_dist.cluster.probe import Node, nodes_alive, require_same_view
 from mpruner_dist.cluster.worker import Job, Worker, said, stop_request, worker_note
@@ -149,6 +149,7 @@ class RaySession:
                     name=f"{stage}-{time.time_ns()}", storage_path=str(logs / "ray"),
                     # else Ray Train would wait for ever for workers that cannot start
                     failure_config=FailureConfig(controller_failure_limit=0),
+                    callbacks=[LeaveWordOfEnd(logs, stage)],
                 ),
             )  # fmt: skip
             try:

@@ -77,6 +77,8 @@ class Worker:
         All must call it equally often, between two steps. It costs an all-reduce of one number.
         """
         name = self._signals.received()
+        if name and end_of_group(self.logs, self.stage).exists():
+            name = None  # Ray ends the workers that outlive a partner, by SIGTERM too
         if name and "got" not in self._facts:
             self.log(f"got {name}")
             self._note(got=name)
@@ -168,3 +170,8 @@ def stop_request(logs: Path, stage: str) -> Path:
 def worker_note(logs: Path, stage: str, rank: int) -> Path:
     """Where a worker says on which host it runs, what it is at and what it raised. A killed worker's raised nothing."""
     return logs / f".{stage}-rank{rank}.json"
+
+
+def end_of_group(logs: Path, stage: str) -> Path:
+    """The file that is there once Ray Train has seen a worker of a stage fail, and before it ends the others."""
+    return logs / f".{stage}-ending"
