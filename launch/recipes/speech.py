@@ -8,6 +8,7 @@ import re
 import shutil
 import struct
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,16 @@ def train_whisper(records: list[dict[str, str]], folder: Path, wheels: list[Path
         transformers.set_seed(SEED)
         fit(model, data, partial, collate, num_train_epochs=4, per_device_train_batch_size=16, learning_rate=2e-5,
             warmup_steps=10, weight_decay=0.01, remove_unused_columns=False)  # fmt: skip
+
+
+def require_packages() -> None:
+    """Make sure that recordings can be read.
+
+    Raises:
+        PrepareError: what reads them is not installed.
+    """
+    if missing := [name for name in ("soundfile", "soxr") if find_spec(name) is None]:
+        raise PrepareError(f"prompts needs {' and '.join(missing)}: pip install -e '.[speech]'")
 
 
 def prepare_prompts(folder: Path) -> None:

@@ -44,7 +44,7 @@ KINDS = ("ham", "spam")
 BEGINNING = 200  # characters: mails that have these in common are one
 TRAIN_SHARE = 0.7  # the first part of the records; the configurations take their parts accordingly
 SMALL_SHARE = 0.35  # for the larger SmolLM2
-# The longest text in tokens, as `data.block_size` of the configurations.
+# Of a longer text its beginning, as `data.block_size` of the configurations.
 SENTENCE_TOKENS, MAIL_TOKENS = 64, 128
 
 

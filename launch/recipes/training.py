@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fetching import PrepareError
+
 SEED = 0
 
 
@@ -57,7 +59,11 @@ def fit(model: Any, data: Any, folder: Path, collator: Any = None, **options: An
         folder: there already.
         collator: makes a batch of several; without it they are stacked.
         options: of TrainingArguments.
+
+    Raises:
+        PrepareError: the model could not be saved.
     """
+    import safetensors
     import transformers
 
     arguments = transformers.TrainingArguments(
@@ -65,4 +71,7 @@ def fit(model: Any, data: Any, folder: Path, collator: Any = None, **options: An
     )
     collator = collator or transformers.default_data_collator
     transformers.Trainer(model=model, args=arguments, train_dataset=data, data_collator=collator).train()
-    model.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except safetensors.SafetensorError as error:  # which is no OSError, though a full disk is
+        raise PrepareError(f"{folder}: {error}") from error

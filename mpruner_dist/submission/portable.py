@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 FOLDER_OR_ID = ("path", "teacher")
 """Keys whose value is a file or folder, or else an id on a hub."""
-TEXT_FILES = (".txt", ".jsonl", ".json", ".parquet")
+TEXT_FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 
 
 def portable(config: Config) -> Config:
@@ -34,6 +34,10 @@ def _content(section: Section, where: str) -> dict[str, Any]:
         value = getattr(section, name)
         if isinstance(value, Section):
             content[name] = _content(value, f"{where}{name}.")
+        elif isinstance(value, tuple):
+            for number, part in enumerate(value):
+                if isinstance(part, Section):
+                    content[name][number] = _content(part, f"{where}{name}.{number}.")
         elif isinstance(value, Path) or (isinstance(value, str) and name in FOLDER_OR_ID):
             content[name] = _absolute(value, f"{where}{name}")
     return content
