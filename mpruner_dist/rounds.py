@@ -21,6 +21,9 @@ from mpruner_dist.steps import ROUND_STEPS, STEPS
 
 log = logging.getLogger(__name__)
 
+ROUNDING = 1e-9
+"""0.92 - 0.9 is more than 0.02, a little."""
+
 
 @dataclass(frozen=True)
 class Base:
@@ -164,7 +167,7 @@ def _measure(road: Road, config: RoundsConfig, original: dict[str, Any]) -> dict
         "parameters": candidate["parameters"],
         "metric": candidate[config.metric],
         "change": change_text(change, share),
-        "accepted": lost <= config.tolerance,
+        "accepted": lost <= config.tolerance + ROUNDING,
         "seconds": sum(stage.get("seconds", 0.0) for stage in road.folder.stages.values()),
         "why": f"{config.metric} {original[config.metric]:.4g} -> {candidate[config.metric]:.4g}, "
         f"{change_text(change, share)}, where {limit_text(config, share)}",

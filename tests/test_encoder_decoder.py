@@ -22,6 +22,7 @@ from mpruner_dist.config import Config, RetrainConfig
 from mpruner_dist.config.task import GENERATED
 from mpruner_dist.data.pairs import Pairs, make_pairs
 from mpruner_dist.data.parts import load_part, save_part
+from mpruner_dist.data.readers import decoder_tokens, load_tokenizer, require_one_language
 from mpruner_dist.errors import UserError
 from mpruner_dist.evaluation.generation import COMPARE, generate, rouge_l
 from mpruner_dist.models.blocks import skipped
@@ -298,6 +299,22 @@ def test_what_an_encoder_decoder_cannot_do_is_refused(folder: Path, tmp_path: Pa
         code, output = command("run", config, "--dry-run", "--set", change)
         assert code == 2, output
         assert message in " ".join(output.split()), output
+
+
+def test_a_model_says_how_its_decoder_begins(tmp_path: Path) -> None:
+    T5.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    del content["decoder_start_token_id"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="has the pad_token_id 0 and the decoder_start_token_id None"):
+        decoder_tokens(tmp_path, trust_remote_code=False)
+
+
+def test_a_translator_between_many_languages_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"many languages \(NllbTokenizer\), and is told which by a token"):
+        require_one_language(transformers.NllbTokenizer(), tmp_path)
+    make_tokenizer(tmp_path)
+    require_one_language(load_tokenizer(tmp_path, trust_remote_code=False), tmp_path)
 
 
 def test_a_dry_run_counts_pairs(folder: Path, tmp_path: Path, command: Any) -> None:

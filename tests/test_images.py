@@ -133,6 +133,17 @@ def test_the_format_is_the_models(tmp_path: Path) -> None:
     dinov2 = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
     assert form({"image_size": 518}, dinov2).size == (224, 224)
     assert form({"image_size": 30}, {"size": {"longest_edge": 20}}).size == (30, 30)
+    assert form({}, scaled | {"do_normalize": False}) == PixelFormat(3, (16, 24), (0.0,) * 3, (1.0,) * 3)
+    assert form({}, dinov2 | {"do_center_crop": False}).size == (256, 256)
+    # pixels as they are, and from 0 to 2: what is left of them is the same for all
+    for options in ({"do_rescale": False}, {"rescale_factor": 2 / 255}):
+        asked = {"image_mean": [1.0], "image_std": [4.0], "size": 8, **options}
+        made, highest = form({"num_channels": 1}, asked), 255 if "do_rescale" in options else 2
+        assert (255 / 255 - made.mean[0]) / made.std[0] == pytest.approx((highest - 1) / 4)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": scaled}))
+    assert pixel_format(tmp_path) == PixelFormat(3, (16, 24), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     with pytest.raises(UserError, match="scales 3 channels, the model has 1"):
         form({"num_channels": 1}, scaled)
 
@@ -179,6 +190,58 @@ def test_folders_of_classes_and_saved_images_are_read(tmp_path: Path) -> None:
     datasets.Dataset.from_dict(table, features=features).save_to_disk(tmp_path / "saved")
     saved = list(open_images(SourceConfig(path=str(tmp_path / "saved")), CLASSES)[0])
     assert all((image == pixels[row]).all() for row, (image, _) in enumerate(saved))
+
+
+@pillow
+def test_grey_of_all_kinds_stays_grey(tmp_path: Path) -> None:
+    from PIL import Image
+
+    def read(image: Any, name: str) -> np.ndarray:
+        for folder in CLASSES:  # of one class alone `datasets` makes no label
+            (tmp_path / name / folder).mkdir(parents=True)
+            image.save(tmp_path / name / folder / "0.png")
+        found: np.ndarray = next(open_images(SourceConfig(path=str(tmp_path / name)), CLASSES)[0])[0]
+        return found
+
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    assert (read(Image.fromarray(ramp), "deep") == ramp >> 8).all()
+    halves = np.repeat([[0, 255]], 4, 0).astype(np.uint8)
+    assert (read(Image.fromarray(halves).convert("1"), "bits") == halves).all()
+    assert (read(Image.fromarray(halves).convert("LA"), "clear") == halves).all()
+
+
+@pillow
+def test_images_that_cannot_be_read_are_refused_by_name(tmp_path: Path) -> None:
+    from PIL import Image
+
+    dark, light = (tmp_path / "files" / name for name in CLASSES)
+    dark.mkdir(parents=True)
+    light.mkdir()
+    Image.fromarray(some_images(1)[0][0]).save(dark / "0.png")
+    (light / "0.png").write_bytes((dark / "0.png").read_bytes()[:40])
+    source = SourceConfig(path=str(tmp_path / "files"), label_field="label")
+    with pytest.raises(UserError, match=r"image of record 1 of .*files cannot be read: .*, in .*light/0\.png"):
+        list(open_images(source, CLASSES)[0])
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    table = datasets.Dataset.from_dict({"image": [None], "label": [0]}, features=features)
+    table.save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match=r"image of record 0 of .*saved is missing"):
+        list(open_images(SourceConfig(path=str(tmp_path / "saved")), CLASSES)[0])
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "0.tiff")
+    table = datasets.Dataset.from_dict({"image": [str(tmp_path / "0.tiff")], "label": [0]}, features=features)
+    table.save_to_disk(tmp_path / "floats")
+    with pytest.raises(UserError, match="an image of Pillow's mode F, whose pixels have no known range"):
+        list(open_images(SourceConfig(path=str(tmp_path / "floats")), CLASSES)[0])
+
+
+def test_a_gzipped_idx_file_with_a_changed_byte_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "some-idx3-ubyte.gz"
+    write_idx(path, some_images(3)[0])
+    content = path.read_bytes()
+    for place in range(12, len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
+        with pytest.raises(UserError, match=r"some-idx3-ubyte\.gz is no whole IDX file"):
+            read_idx(path)
 
 
 def test_a_field_without_images_is_refused(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from mpruner_dist.data.labelled import LabelledTexts, label_names, numbered_alik
 from mpruner_dist.data.parts import load_part, save_part
 from mpruner_dist.data.prepare import prepare_data
 from mpruner_dist.data.readers import make_reader
-from mpruner_dist.data.sources import open_labelled
+from mpruner_dist.data.sources import open_labelled, open_pairs
 from mpruner_dist.errors import UserError
 from mpruner_dist.models.loading import load_model
 from mpruner_dist.similarity.collect import grouped
@@ -48,6 +48,22 @@ def test_labels_are_names_or_numbers(tmp_path: Path, name: str) -> None:
     assert read(write(tmp_path / name, RECORDS), MOODS) == EXPECTED
     numbered = [record | {"mood": MOODS.index(record["mood"])} for record in RECORDS]
     assert read(write(tmp_path / f"numbered-{name}", numbered), MOODS) == EXPECTED
+
+
+def test_what_stands_in_a_csv_file_is_text(tmp_path: Path) -> None:
+    (tmp_path / "texts.csv").write_text('text,mood\nNone,sad\nNA,1\n007,2\n,glad\n"a, b",glad\n')
+    found = read(SourceConfig(path=str(tmp_path / "texts.csv"), label_field="mood"), MOODS)
+    assert found == [("None", 0), ("NA", 1), ("007", 2), ("a, b", 1)]
+    (tmp_path / "blank.csv").write_text("text,mood\na,1\nb,\n")
+    with pytest.raises(UserError, match=r"mood of record 1 of .*blank\.csv is '', which is no class"):
+        read(SourceConfig(path=str(tmp_path / "blank.csv"), label_field="mood"), MOODS)
+
+
+def test_numbers_in_text_fields_are_text(tmp_path: Path) -> None:
+    records = [{"text": "three", "target": 3}, {"text": 4, "target": 7}, {"text": None, "target": 1}]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    pairs, _ = open_pairs(SourceConfig(path=str(tmp_path / "sums.jsonl"), target_field="target"))
+    assert list(pairs) == [("three", "3"), ("4", "7")]
 
 
 def test_names_of_a_saved_set_count_where_the_model_has_names(tmp_path: Path) -> None:

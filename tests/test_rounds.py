@@ -220,6 +220,13 @@ def test_accuracy_is_judged_by_difference(loop: Any) -> None:
     assert record["rounds"][1]["why"] == "accuracy 0.5 -> 0.47, -0.0300, where a loss of at most 0.02 is tolerated"
 
 
+def test_what_is_lost_may_be_all_that_is_tolerated(loop: Any) -> None:
+    made = loop(tolerance=0.02, metric="accuracy", max_rounds=2)
+    values = iter([0.48, 0.4799])  # 0.5 - 0.48 is 0.020000000000000018
+    made.value = lambda kept: next(values)
+    assert [entry["accepted"] for entry in made.run()["rounds"]] == [True, False]
+
+
 def test_a_word_error_rate_is_judged_by_how_much_it_rises(loop: Any) -> None:
     speech = "automatic-speech-recognition"
     made = loop(tolerance=0.02, metric="word_error_rate", model_task=speech, max_rounds=2)

@@ -21,11 +21,12 @@ from speech_models import (
     sound,
 )
 
-from mpruner_dist.config import Config
+from mpruner_dist.config import Config, SourceConfig
 from mpruner_dist.data.speech import Speller
 from mpruner_dist.errors import UserError
 from mpruner_dist.evaluation.extras import require_extras
 from mpruner_dist.evaluation.generation import word_error_rate
+from mpruner_dist.steps.data import recording_digests
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,8 @@ def test_a_model_of_many_languages_is_told_which(tmp_path: Path) -> None:
         Speller(tokenizer, None, None, multilingual)
     with pytest.raises(UserError, match=r"data\.language klingon: the model's tokenizer does not know it"):
         Speller(tokenizer, "klingon", None, multilingual)
+    with pytest.raises(UserError, match=r"data\.language english: the model knows one language only"):
+        Speller(tokenizer, "english", None, english)
     speller = Speller(tokenizer, "english", 7, multilingual)
     assert speller.prompt == [start, *asked]
     letters = tokenizer.convert_tokens_to_ids(["a", "b"])
@@ -159,3 +162,15 @@ def test_what_cannot_be_heard_is_refused(
         Config.model_validate(text | {"data": text["data"] | {"language": "english"}})
     with pytest.raises(UserError, match=r"pip install 'mpruner-dist\[speech\]'"):
         require_extras(config_of(folder))
+
+
+def test_recordings_that_change_are_other_data(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "speech")
+    source = SourceConfig(path=str(tmp_path / "speech/list.jsonl"))
+    before = recording_digests(source)
+    assert len(before) == len((tmp_path / "speech/list.jsonl").read_text().splitlines())
+    assert recording_digests(source) == before
+    shutil.copy(tmp_path / "speech/sounds/1.wav", tmp_path / "speech/sounds/0.wav")
+    after = recording_digests(source)
+    assert [path for path in before if before[path] != after[path]] == [str(tmp_path / "speech/sounds/0.wav")]
+    assert recording_digests(SourceConfig(path=str(tmp_path / "speech/sounds"))) == {}  # digested as a folder

@@ -152,7 +152,9 @@ def test_part_of_a_model_with_batch_normalisation_is_not_trained(tmp_path: Path,
     early = RetrainConfig(lora=config.lora, trainable="neighbours" if "layers" in changes else "all")
     with pytest.raises(UserError, match="ResNetForImageClassification has batch normalisation"):
         require_targets(early, read_config(tmp_path))
-    require_targets(RetrainConfig(), read_config(tmp_path))
+    require_targets(RetrainConfig(micro_batch_size=2), read_config(tmp_path))
+    with pytest.raises(UserError, match=r"retrain\.micro_batch_size 1: the model has batch normalisation"):
+        require_targets(RetrainConfig(), read_config(tmp_path))
 
 
 def test_running_means_are_written_back_and_not_held_still(tmp_path: Path) -> None:

@@ -167,3 +167,21 @@ def test_a_logger_that_is_not_installed_is_refused_with_the_command(monkeypatch:
     require_loggers(("tensorboard",))
     with pytest.raises(UserError, match=r"wandb, which is not installed: pip install 'mpruner-dist\[wandb\]'"):
         require_loggers(("tensorboard", "wandb"))
+
+
+def test_a_teacher_of_images_takes_the_same_pixels(tmp_path: Path) -> None:
+    def make(name: str, size: int, **processor: Any) -> Path:
+        transformers.ViTConfig(image_size=size, num_channels=1).save_pretrained(tmp_path / name)
+        (tmp_path / name / "preprocessor_config.json").write_text(json.dumps(processor))
+        return tmp_path / name
+
+    model = make("model", 8, image_mean=[0.5], image_std=[0.5])
+
+    def require(teacher: Path) -> None:
+        require_fitting_teacher(teacher, model, DistillationConfig(), task="image-classification")
+
+    require(make("same", 8))
+    with pytest.raises(UserError, match=r"has mean \(0\.4,\), the model \(0\.5,\): both are given the same pixels"):
+        require(make("other", 8, image_mean=[0.4], image_std=[0.5]))
+    with pytest.raises(UserError, match=r"has size \(16, 16\), the model \(8, 8\)"):
+        require(make("larger", 16))

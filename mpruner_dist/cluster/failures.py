@@ -18,7 +18,7 @@ NODE_DEATH_S = 60
 Notes = dict[int, dict[str, Any]]
 
 
-class LeaveWordOfEnd(UserCallback):
+class LeaveWordOfEnd(UserCallback):  # type: ignore[misc]
     """Lets workers tell the SIGTERM by which Ray ends them, once one has failed, from one that announces an end.
 
     Args:

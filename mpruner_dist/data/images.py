@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -77,27 +78,35 @@ class PixelFormat:
 
 
 def pixel_format(model_folder: Path) -> PixelFormat:
-    """What config.json and preprocessor_config.json of a model say; without the latter, pixels go from -1 to 1.
+    """What config.json and preprocessor_config.json or processor_config.json say; without, pixels go from -1 to 1.
 
     Raises:
         UserError: a mean or spread for another number of channels.
     """
     config = json.loads((model_folder / "config.json").read_text())
-    file = model_folder / "preprocessor_config.json"
-    processor = json.loads(file.read_text()) if file.is_file() else {}
+    file, processor = model_folder / "preprocessor_config.json", {}
+    if file.is_file():
+        processor = json.loads(file.read_text())
+    elif (file := model_folder / "processor_config.json").is_file():
+        processor = json.loads(file.read_text()).get("image_processor", {})
     channels = int(config.get("num_channels", 3))
-    asked = processor.get("crop_size") or processor.get("size")  # of a model that takes any, the size of its training
+    crop = processor.get("crop_size") if processor.get("do_center_crop", True) else None
+    asked = crop or processor.get("size")  # of a model that takes any, the size of its training
     if isinstance(asked, dict):
         asked = [asked["height"], asked["width"]] if "height" in asked else asked.get("shortest_edge")
     size = asked or config.get("image_size")
     mean, std = (processor.get(name) or [0.5] * channels for name in ("image_mean", "image_std"))
+    if not processor.get("do_normalize", True):
+        mean, std = [0.0] * channels, [1.0] * channels
     if len(mean) != channels or len(std) != channels:
         raise UserError(
             f"{file} scales {len(mean)} channels, the model has {channels}: correct image_mean and image_std"
         )
+    factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1
+    highest = round(255 * factor, 6)  # of the pixels that mean and std are for
     return PixelFormat(
         channels, None if size is None else tuple(size) if isinstance(size, list | tuple) else (size, size),
-        tuple(mean), tuple(std),
+        tuple(value / highest for value in mean), tuple(value / highest for value in std),
     )  # fmt: skip
 
 
@@ -142,7 +151,7 @@ def read_idx(path: Path) -> Bytes:
         if content[:2] != b"\0\0" or kind != IDX_DTYPE or values.size != np.prod(shape):
             raise ValueError("its header and its size do not agree")
         return values.reshape(shape)
-    except (OSError, EOFError, ValueError, IndexError) as error:
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
         raise UserError(f"{path} is no whole IDX file of bytes: {error}") from error
 
 

@@ -72,6 +72,8 @@ def label_number(label: Any, labels: list[str], where: str) -> int:
     """
     if isinstance(label, str) and label in labels:
         return labels.index(label)
+    if isinstance(label, str) and label.strip().isdecimal():  # in a CSV file all is text
+        label = int(label)
     if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(labels):
         return label
     known = ", ".join(f"{number} {name}" for number, name in enumerate(labels[:8])) + (", ..." * (len(labels) > 8))

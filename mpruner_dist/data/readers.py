@@ -160,6 +160,7 @@ def make_reader(config: Config, model_folder: Path) -> Reader:
     if config.model.task == "causal-lm":
         return BlockReader(config.data, tokenizer)
     if config.model.task == "sequence-to-sequence":
+        require_one_language(tokenizer, model_folder)
         return PairReader(config.data, tokenizer, *decoder_tokens(model_folder, trusted))
     if config.model.task == "automatic-speech-recognition":
         model, (pad, _) = _config(model_folder, trusted), decoder_tokens(model_folder, trusted)
@@ -189,6 +190,19 @@ def padding_token(folder: Path, trust_remote_code: bool) -> int:
     )
 
 
+def require_one_language(tokenizer: Any, folder: Path) -> None:
+    """Refuse what would be told the language of its targets by a token, which nothing here names.
+
+    Raises:
+        UserError: a translator between many languages.
+    """
+    if hasattr(tokenizer, "set_tgt_lang_special_tokens"):
+        raise UserError(
+            f"{folder} translates between many languages ({type(tokenizer).__name__}), and is told which by a token: "
+            "such models cannot be run yet; `mpruner rewrite` prunes them without a run"
+        )
+
+
 def decoder_tokens(folder: Path, trust_remote_code: bool) -> tuple[int, int]:
     """The token that fills rows, and the one that a decoder begins with.
 
@@ -196,7 +210,7 @@ def decoder_tokens(folder: Path, trust_remote_code: bool) -> tuple[int, int]:
         UserError: the model's configuration does not name both.
     """
     config = _config(folder, trust_remote_code)
-    pad, start = config.pad_token_id, config.decoder_start_token_id
+    pad, start = (getattr(config, name, None) for name in ("pad_token_id", "decoder_start_token_id"))
     if pad is None or start is None:
         raise UserError(
             f"{folder}/config.json has the pad_token_id {pad} and the decoder_start_token_id {start}: "

@@ -1,6 +1,8 @@
 """Records of text, images and recordings from files or the `datasets` library."""
 
+import csv
 import logging
+import math
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,8 +31,8 @@ def open_source(source: SourceConfig) -> tuple[Iterator[str], int, str | None]:
         UserError: nothing there, an unknown format, no such field.
     """
     table, rows, separator = _open(source, "text_field")
-    texts = (table[row][source.text_field] for row in rows)
-    return (text for text in texts if _is_text(text)), len(rows), separator
+    texts = (_text(table[row][source.text_field]) for row in rows)
+    return (text for text in texts if text), len(rows), separator
 
 
 def open_labelled(source: SourceConfig, labels: list[str]) -> tuple[Iterator[tuple[str, int]], int]:
@@ -48,7 +50,8 @@ def open_labelled(source: SourceConfig, labels: list[str]) -> tuple[Iterator[tup
     """
     table, rows, _ = _open(source, "text_field", "label_field")
     records = _labelled(table, rows, source, source.text_field, labels)
-    return ((text, label) for text, label in records if _is_text(text)), len(rows)
+    texts = ((_text(text), label) for text, label in records)
+    return ((text, label) for text, label in texts if text), len(rows)
 
 
 def open_pairs(source: SourceConfig) -> tuple[Iterator[tuple[str, str]], int]:
@@ -58,8 +61,9 @@ def open_pairs(source: SourceConfig) -> tuple[Iterator[tuple[str, str]], int]:
         UserError: nothing there, an unknown format, no such field.
     """
     table, rows, _ = _open(source, "text_field", "target_field")
-    records = ((record[source.text_field], record[source.target_field]) for record in map(table.__getitem__, rows))
-    return ((text, target) for text, target in records if _is_text(text) and _is_text(target)), len(rows)
+    records = map(table.__getitem__, rows)
+    pairs = ((_text(record[source.text_field]), _text(record[source.target_field])) for record in records)
+    return ((text, target) for text, target in pairs if text and target), len(rows)
 
 
 def open_images(source: SourceConfig, labels: list[str]) -> tuple[Iterator[tuple[Bytes, int]], int]:
@@ -79,7 +83,7 @@ def open_images(source: SourceConfig, labels: list[str]) -> tuple[Iterator[tuple
     if find_spec("PIL") is None:
         raise UserError("images in files need Pillow: pip install 'mpruner-dist[vision]'")
     decoded = _labelled(table, rows, source, source.image_field, labels)
-    return ((_pixels(image), label) for image, label in decoded), len(rows)
+    return ((_pixels(image, source), label) for image, label in decoded), len(rows)
 
 
 def open_speech(source: SourceConfig) -> tuple[Iterator[tuple[bytes | Path, str, str]], int]:
@@ -106,14 +110,33 @@ def open_speech(source: SourceConfig) -> tuple[Iterator[tuple[bytes | Path, str,
                 found = found.get("bytes") or found.get("path")
             if not isinstance(found, str | bytes):
                 raise UserError(f"{where} is no recording: set audio_field, or write the paths of files there")
-            if _is_text(text):
-                yield (folder / found if isinstance(found, str) else found), text, where
+            if said := _text(text):
+                yield (folder / found if isinstance(found, str) else found), said, where
 
     return records(), len(rows)
 
 
-def _pixels(image: Any) -> Bytes:
-    """Of a Pillow image; palettes and the like become colours."""
+def recording_files(source: SourceConfig) -> list[Path]:
+    """The files that a list of recordings names, and that are there.
+
+    Raises:
+        UserError: the list cannot be read.
+    """
+    path = Path(source.path).expanduser()
+    table, rows, _ = _open(source, "audio_field")
+    names = table.select_columns([source.audio_field])[rows.start : rows.stop][source.audio_field]
+    files = {path.parent / name for name in names if isinstance(name, str)}
+    return sorted(file for file in files if file.is_file())
+
+
+def _pixels(image: Any, source: SourceConfig) -> Bytes:
+    """Of a Pillow image: grey of 16 bits loses the lower ones, palettes and the like become colours."""
+    if image.mode.startswith("I;16"):
+        return (np.asarray(image) >> 8).astype(np.uint8)
+    if image.mode in ("I", "F"):
+        raise UserError(f"{source.path} has an image of Pillow's mode {image.mode}, whose pixels have no known range")
+    if image.mode in ("1", "LA"):
+        image = image.convert("L")
     return np.asarray(image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB"))
 
 
@@ -124,11 +147,23 @@ def _labelled(
     if labels[0] == "LABEL_0" or (names and numbered_alike(names, labels)):  # the model names none, or the same
         names = None
     for row in rows:
-        record = table[row]
+        where = f"{field} of record {row} of {source.path}"
+        try:
+            record = table[row]
+        except OSError as error:  # an image is decoded here
+            raise UserError(f"{where} cannot be read: {error}{_file_of(table, row, field)}") from error
+        if record[field] is None and field == source.image_field:
+            raise UserError(f"{where} is missing: take the record out")
         label = record[source.label_field]
         if names and isinstance(label, int) and 0 <= label < len(names):
             label = names[label]
         yield record[field], label_number(label, labels, f"{source.label_field} of record {row} of {source.path}")
+
+
+def _file_of(table: Any, row: int, field: str) -> str:
+    """Of an image that cannot be read."""
+    path = table.cast_column(field, datasets.Image(decode=False))[row][field]["path"]
+    return f", in {path}" if path else ""
 
 
 def _open(source: SourceConfig, *keys: str) -> tuple[Any, range, str | None]:
@@ -145,8 +180,11 @@ def _open(source: SourceConfig, *keys: str) -> tuple[Any, range, str | None]:
     return table, range(*(round(len(table) * share) for share in source.take)), separator
 
 
-def _is_text(text: Any) -> bool:
-    return isinstance(text, str) and bool(text.strip())
+def _text(value: Any) -> str:
+    """What stands in a record, a number too, or nothing."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value) if math.isfinite(value) else ""
+    return value if isinstance(value, str) and value.strip() else ""
 
 
 def _load(source: SourceConfig, images: bool) -> tuple[Any, str | None]:
@@ -162,7 +200,12 @@ def _load(source: SourceConfig, images: bool) -> tuple[Any, str | None]:
         if images and path.is_dir() and any(file.suffix.lower() in IMAGES for file in path.rglob("*")):
             return datasets.load_dataset("imagefolder", data_dir=str(path), split=source.split), None
         files, kind = _files(path)
-        options = {"sample_by": "paragraph"} if kind == "text" else {}
+        options: dict[str, Any] = {"sample_by": "paragraph"} if kind == "text" else {}
+        if kind == "csv":  # all of it is text: pandas would take "None" for nothing, and 007 for 7
+            with files[0].open(newline="", encoding="utf-8-sig") as file:
+                columns = next(csv.reader(file), [])
+            strings = datasets.Features({name: datasets.Value("string") for name in columns})
+            options = {"features": strings, "keep_default_na": False}
         table = datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
         return table, "\n\n" if kind == "text" else None
     except (OSError, ValueError, KeyError, StopIteration, datasets.exceptions.DatasetsError) as error:

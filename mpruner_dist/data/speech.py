@@ -25,6 +25,10 @@ WITH_LANGUAGE = 3
 """Tokens that such a model begins with, at least: the start, a language, what to do."""
 
 
+TO_DO = ("<|translate|>", "<|transcribe|>")
+"""Tokens where transformers looks for a language that only Whisper large-v3 has."""
+
+
 @dataclass(frozen=True)
 class Speech(Targets):
     """Spectra [recordings, bands, frames], as the model hears them, and what should be said.
@@ -134,6 +138,7 @@ class Speller:
 
     def __init__(self, tokenizer: Any, language: str | None, longest: int | None, config: Any) -> None:
         self.tokenizer, self.start, self.cut = tokenizer, config.decoder_start_token_id, 0
+        knows_many = getattr(config, "vocab_size", 0) >= MULTILINGUAL
         if language is not None:
             try:
                 tokenizer.set_prefix_tokens(language=language, task="transcribe")
@@ -150,7 +155,11 @@ class Speller:
                 f"config.json has the decoder_start_token_id {self.start} and the eos_token_id {config.eos_token_id}: "
                 "correct the one or the other"
             )
-        if config.vocab_size >= MULTILINGUAL and len(self.prompt) < WITH_LANGUAGE:
+        if language is not None and not knows_many:
+            raise UserError(f"data.language {language}: the model knows one language only; leave data.language out")
+        if language is not None and tokenizer.convert_ids_to_tokens(self.prompt[1]) in TO_DO:
+            raise UserError(f"data.language {language}: this model does not know it, a later Whisper does")
+        if knows_many and len(self.prompt) < WITH_LANGUAGE:
             raise UserError(
                 "the model knows many languages, and its tokenizer is set to none: set data.language to what is "
                 "spoken, such as english"

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mpruner_dist.checkpoints.export import Exported, export_weights
@@ -140,7 +141,9 @@ class Trainer:
     def _step(self, step: int, train: Part, order: DataOrder) -> float:
         """One optimizer step; its loss a prediction, over all workers."""
         worker, config = self.worker, self.config
-        torch.manual_seed(hash((config.seed, step, worker.rank)) % 2**63)  # dropout, if any, resumes the same
+        seed = hash((config.seed, step, worker.rank))
+        torch.manual_seed(seed % 2**63)  # dropout, if any, resumes the same
+        np.random.seed(seed % 2**32)  # as do the masks by which transformers' Whisper varies spectra
         micro_batches = order.micro_batches(step, worker.rank, worker.world_size, config.micro_batch_size)
         predictions = int(self.task.predictions(train.rows(order.rows(step))).sum())
         losses = torch.zeros(len(micro_batches), worker.world_size, dtype=torch.float64, device=worker.device)

@@ -5,6 +5,7 @@ from typing import Any
 
 from mpruner_dist.config import DistillationConfig
 from mpruner_dist.config.task import FACTS
+from mpruner_dist.data.images import pixel_format
 from mpruner_dist.data.readers import load_tokenizer
 from mpruner_dist.errors import UserError
 from mpruner_dist.models.loading import read_config
@@ -50,6 +51,10 @@ def require_fitting_teacher(
     if FACTS[task].reads == "speech":
         ears = ("num_mel_bins", "max_source_positions", "max_target_positions")
         _require_equal(where, theirs, mine, ears, "both must hear the same")
+    if FACTS[task].reads == "images":
+        pixels = pixel_format(teacher)
+        fields = ("channels", "mean", "std", *(["size"] if pixels.size else []))
+        _require_equal(where, pixels, pixel_format(model), fields, "both are given the same pixels")
     if config.hidden_weight:
         depths = ("hidden_size", "num_hidden_layers", "hidden_sizes", "depths")  # the latter of models of stages
         why = (

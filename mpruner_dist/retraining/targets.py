@@ -14,17 +14,24 @@ def require_targets(config: RetrainConfig | None, model_config: Any, trust_remot
     """Refuse, before anything is done, what the unpruned model cannot: targets that its layers do not have, and parts.
 
     Args:
-        config: the section `retrain`; where all of the model is trained, nothing is looked at.
+        config: the section `retrain`; where all of the model is trained, its batch normalisation is looked at only.
         model_config: of the unpruned model.
         trust_remote_code: run code that lies in its folder.
 
     Raises:
-        UserError: with the nearest names and all others; or the model has batch normalisation.
+        UserError: with the nearest names and all others; or the model has batch normalisation, of which no part can be
+            trained alone, and no image alone.
     """
-    if config is None or (config.lora is None and config.trainable == "all"):
+    if config is None:
         return
     model = empty_model(model_config, trust_remote_code)
-    require_no_running_means(model)
+    if config.lora is not None or config.trainable != "all":
+        require_no_running_means(model)
+    if config.micro_batch_size == 1 and normalisations(model):
+        raise UserError(
+            "retrain.micro_batch_size 1: the model has batch normalisation, which normalises each micro-batch alone; "
+            "set it to 2 at least, better to 16 or more"
+        )
     if config.lora is not None and config.lora.targets != "all-linear":
         target_names(model, config.lora, None)
 

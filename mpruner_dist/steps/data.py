@@ -35,6 +35,8 @@ def data(road: Road) -> Step:
     if facts.reads == "speech":
         fields = ("num_mel_bins", "max_source_positions", "max_target_positions")
         inputs["places"] = {name: road.checkpoint.config.get(name) for name in fields}
+        for part, source in road.config.data.parts().items():
+            files[part] |= recording_digests(source)
 
     def make() -> None:
         from mpruner_dist.data.prepare import prepare_data
@@ -63,6 +65,15 @@ def settings_read(config: DataConfig, facts: TaskFacts) -> dict[str, Any]:
 def source_digest(source: SourceConfig) -> dict[str, str]:
     """Digests of the files that a source reads; none for a `datasets` id, which names its own content."""
     return digests_of_files(Path(source.path).expanduser())
+
+
+def recording_digests(source: SourceConfig) -> dict[str, str]:
+    """Of the recordings that a file of paths names; those of a folder are digested with it."""
+    from mpruner_dist.data.sources import recording_files
+
+    if not Path(source.path).expanduser().is_file():
+        return {}
+    return {str(file): spot_digest(file) for file in recording_files(source)}
 
 
 def digests_of_files(path: Path) -> dict[str, str]:
