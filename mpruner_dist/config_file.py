@@ -10,12 +10,16 @@ from pydantic import BaseModel, ValidationError
 from mpruner_dist.config import Config
 from mpruner_dist.errors import UserError
 
+MERGE = "tag:yaml.org,2002:merge"
+"""Of the key `<<`, whose table gives way to what stands beside it."""
+
 
 class _UniqueKeys(yaml.SafeLoader):
     """YAML as it is, but a key given twice is a mistake: otherwise the first of them would be lost without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        own = [key for key, _ in node.value if key.tag != MERGE]
+        keys = [self.construct_object(key, deep=True) for key in own]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
@@ -32,7 +36,7 @@ def load_config(path: Path, overrides: list[str]) -> Config:
         content = yaml.load(path.read_text(), Loader=_UniqueKeys)
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # also of what is no text, or no date such as 2024-02-30
         raise UserError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold sections such as `model:` and `data:`, it holds {type(content).__name__}")
@@ -57,8 +61,8 @@ def _apply(content: dict[str, Any], override: str) -> None:
         if not isinstance(content, dict):
             raise UserError(f"--set {override!r}: {section} is a value, not a section")
     try:
-        content[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        content[last] = yaml.load(value, Loader=_UniqueKeys)
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"--set {override!r}: the value is not YAML: {error}") from error
 
 

@@ -30,7 +30,7 @@ from mpruner_dist.retraining.metrics import require_loggers
 from mpruner_dist.retraining.settings import hidden_size, training_settings
 from mpruner_dist.retraining.targets import require_targets
 from mpruner_dist.rounds import Base, round_config
-from mpruner_dist.similarity.collect import require_samples
+from mpruner_dist.similarity.collect import require_pairs, require_samples
 from mpruner_dist.tasks import task_of
 
 Rows = list[tuple[str, str]]
@@ -50,6 +50,7 @@ def describe(config: Config) -> Rows:
     checkpoint = read_checkpoint(source)
     model_config = read_config(source, config.model.trust_remote_code)
     stacks = layer_names(checkpoint.tensors, model_config, config.model.trust_remote_code)
+    require_pairs(stacks)
     layers = [layer for of_stack in stacks.values() for layer in of_stack]
     depth, sizes = len(layers), layer_parameters(checkpoint, layers)
     depths = [len(of_stack) for of_stack in stacks.values()]

@@ -1,5 +1,6 @@
 """Plans in the form of other tools: DeepSpeed's `layer_reduction` and mergekit's passthrough."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ def read_any_plan(path: Path) -> Keep:
         UserError: none of them, or one that does more than leave layers out.
     """
     try:
-        content = yaml.safe_load(path.read_text())  # JSON is YAML
+        text = path.read_text()
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"cannot read the plan {path}: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is no plan: it holds no table")
     if "slices" in content or "merge_method" in content:
         return _from_mergekit(path, content)
-    reduction = content.get("compression_training", content).get("layer_reduction")
+    section = content.get("compression_training") or content
+    reduction = section.get("layer_reduction") if isinstance(section, dict) else None
     if reduction is not None:
         return _from_deepspeed(path, reduction)
     return read_plan(path)
@@ -48,6 +51,8 @@ def _from_deepspeed(path: Path, reduction: Any) -> list[int]:
     layers = reduction.get("teacher_layer") if isinstance(reduction, dict) else None
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
         raise UserError(f"{path}: layer_reduction has no list teacher_layer of the layers to keep")
+    if reduction.get("enabled") is False:
+        raise UserError(f"{path}: layer_reduction is not enabled")
     if reduction.get("keep_number_layer", len(layers)) != len(layers):
         raise UserError(f"{path}: keep_number_layer is not {len(layers)}, the number of layers in teacher_layer")
     return _ascending(path, layers)

@@ -60,9 +60,11 @@ def prune_in_rounds(road: Road, again: bool = False) -> None:
     history: list[dict[str, Any]] = []
     rejected: list[tuple[int, list[int]]] = []
     folders: dict[int, RunFolder] = {}
-    while not (stop := _reason_to_stop(road.config, base, stride, len(history))):
+    stacks = 1
+    while not (stop := _reason_to_stop(road.config, base, stacks, stride, len(history))):
         number = len(history) + 1
         current = _begin_round(road, number, base, stride, folders)
+        stacks = len(current.stacks())
         if history and (stop := _too_few(current, len(base.layers))):
             break
         _walk(current, ["plan"])
@@ -94,8 +96,8 @@ def prune_in_rounds(road: Road, again: bool = False) -> None:
     _walk(road, ["result"], again)
 
 
-def _reason_to_stop(config: Config, base: Base, stride: int, done: int) -> str:
-    """Why no further round is begun; empty if one is."""
+def _reason_to_stop(config: Config, base: Base, stacks: int, stride: int, done: int) -> str:
+    """Why no further round is begun; empty if one is. `stacks`: how many the layers are in."""
     rounds = _rounds(config)
     if done == rounds.max_rounds:
         return f"rounds.max_rounds: {done} rounds are done"
@@ -103,6 +105,8 @@ def _reason_to_stop(config: Config, base: Base, stride: int, done: int) -> str:
         return f"no stride is left: at stride {rounds.max_stride} a round was rolled back too"
     if len(base.layers) <= (config.plan.keep_layers or 1):
         return f"the budget is reached: {len(base.layers)} layers are left"
+    if len(base.layers) <= stacks:
+        return f"one layer is left in each of the {stacks} stacks"
     return ""
 
 

@@ -71,7 +71,8 @@ def test_the_table_marks_the_lowest(tmp_path: Path, capsys: pytest.CaptureFixtur
     ("layers", "depths"), [(2, [1]), (8, [1, 2]), (30, [2, 4, 6, 8, 10]), (80, [6, 12, 18, 24]), (126, [9, 18, 27, 36])]
 )
 def test_depths_go_up_to_a_third(layers: int, depths: list[int]) -> None:
-    assert default_depths(layers) == depths
+    assert default_depths(layers, layers) == depths
+    assert default_depths(layers, 1) == [1]
 
 
 def road(folder: Path, blocks: int, validation: bool = True, **plan: Any) -> Any:
@@ -100,3 +101,5 @@ def test_depths_that_cannot_be(tmp_path: Path, depths: list[int], monkeypatch: p
     monkeypatch.setattr("mpruner_dist.steps.compare.measured", lambda *_: {"cka": [[]] * 8, "stacks": [8]})
     with pytest.raises(UserError, match=rf"--depths {depths[0]},{depths[1]}: from 1 to 6 of 8 layers can go"):
         compare(road(tmp_path, 9), depths)
+    with pytest.raises(UserError, match="from 1 to 7 of 8 layers can go"):  # one always stays
+        compare(road(tmp_path, 9, protect_first=0, protect_last=0), [8])

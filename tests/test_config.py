@@ -183,6 +183,24 @@ def test_batches_must_divide_among_the_workers(tmp_path: Path, workers: int, mic
         assert f"{workers} x retrain.micro_batch_size {micro} = {workers * micro}" in message
 
 
+def test_what_is_infinite_is_refused(tmp_path: Path) -> None:
+    for key in ("retrain.max_grad_norm", "collect.outlier_norm", "plan.threshold"):
+        assert f"{key}: Input should be a finite number" in refusal(tmp_path, full(), f"{key}=.inf")
+
+
+def test_tables_of_yaml_may_be_merged(tmp_path: Path) -> None:
+    content = yaml.safe_dump({"model": {"path": "m"}})
+    parts = """
+data:
+  calibration: &all {path: text.jsonl, take: [0.0, 0.1]}
+  test: {<<: *all, take: [0.9, 1.0]}
+"""
+    config = load(tmp_path, content + parts)
+    assert (config.data.test.path, config.data.test.take) == ("text.jsonl", (0.9, 1.0))
+    twice = parts.replace("take: [0.9", "path: other, path: third, take: [0.9")
+    assert "'path' is given twice" in refusal(tmp_path, content + twice)
+
+
 def test_overrides_are_read_as_yaml_and_make_sections(tmp_path: Path) -> None:
     config = load(
         tmp_path, full(), "plan.stride=3", "data.test.take=[0.9, 1.0]", "retrain.learning_rate=1e-4",
@@ -207,6 +225,8 @@ def test_overrides_are_read_as_yaml_and_make_sections(tmp_path: Path) -> None:
         ("plan..threshold=3", "write section.key=value"),
         ("model.path.deep=3", "path is a value, not a section"),
         ("plan.threshold=[", "the value is not YAML"),
+        ("model.revision=2024-02-30", "the value is not YAML: day is out of range"),
+        ("retrain={steps: 3, steps: 4}", "'steps' is given twice"),
         ("plan.treshold=0.9", "plan.treshold: unknown key; did you mean 'threshold'?"),
         ("plan.threshold=high", "plan.threshold: Input should be a valid number"),
     ],
@@ -219,6 +239,7 @@ def test_a_bad_override_is_refused(tmp_path: Path, override: str, message: str) 
     ("content", "message"),
     [
         ("model: [", "is not YAML"),
+        ("model: {path: m, revision: 2024-02-30}", "is not YAML: day is out of range"),
         ("", "must hold sections such as `model:` and `data:`, it holds NoneType"),
         ("- a\n- b\n", "it holds list"),
         ("just text", "it holds str"),

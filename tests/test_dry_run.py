@@ -1,6 +1,7 @@
 """What a dry run says of the work, the memory and the plans, and that it does nothing."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import soundfile
 import transformers
 import yaml
-from conftest import ROOT, WORDS, Cli, make_text, make_tokenizer, write_config
+from conftest import ROOT, WORDS, Cli, make_model, make_text, make_tokenizer, write_config
 from speech_models import make_whisper, sound
 from test_images import make_resnet, some_images, write_idx
 
@@ -28,6 +29,25 @@ def test_a_dry_run_says_what_would_happen_and_does_nothing(
                   "2 micro-batches of 2", "3 models", "ZeRO stage 1", "kB in", "a worker"):  # fmt: skip
         assert words in output, words
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_model_of_one_layer_is_refused(command: Cli, tmp_path: Path, settings: dict[str, Any]) -> None:
+    make_model("llama", tmp_path / "one", num_hidden_layers=1)
+    make_tokenizer(tmp_path / "one")
+    settings["model"]["path"] = str(tmp_path / "one")
+    code, output = dry_run(command, tmp_path, settings)
+    assert (code, "a single layer in model.layers: there is nothing to compare" in output) == (2, True), output
+
+
+def test_brackets_in_names_are_no_markup(
+    command: Cli, tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    shutil.copytree(settings["model"]["path"], tmp_path / "[v2]" / "[/v2]")
+    settings["model"]["path"] = str(tmp_path / "[v2]" / "[/v2]")
+    code, output = dry_run(command, tmp_path, settings)
+    assert code == 0, output
+    assert "[v2]/[/v2]" in output
 
 
 def make_classifier(folder: Path) -> None:

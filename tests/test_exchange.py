@@ -83,6 +83,9 @@ def one(begin: int, end: int, model: str = "m", **more: Any) -> dict[str, Any]:
         ({"layer_reduction": {"teacher_layer": [1, 3], "keep_number_layer": 3}}, "keep_number_layer is not 2"),
         ({"layer_reduction": {"teacher_layer": [3, 1]}}, "repeats or reorders"),
         ({"layer_reduction": {"enabled": True}}, "has no list teacher_layer"),
+        ({"layer_reduction": {"enabled": False, "teacher_layer": [1, 3]}}, "is not enabled"),
+        ({"compression_training": None}, "num_layers"),
+        ({"compression_training": [1]}, "num_layers"),
         ([1, 2], "holds no table"),
         ({"kept": [0]}, "num_layers"),
     ],
@@ -91,6 +94,12 @@ def test_what_does_more_than_leave_layers_out_is_refused(tmp_path: Path, content
     (tmp_path / "plan.yaml").write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
         read_any_plan(tmp_path / "plan.yaml")
+
+
+def test_json_may_be_indented_by_tabs(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps({"num_layers": 3, "kept": [0, 2]}, indent="\t"))
+    keep: Any = read_any_plan(tmp_path / "plan.json")
+    assert keep.kept == [0, 2]
 
 
 def test_every_pattern_is_that_of_its_family_unpruned() -> None:

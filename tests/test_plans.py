@@ -139,6 +139,14 @@ def test_keeping_the_last_of_the_published_clusters() -> None:
     assert plan.clusters == [[0], [1, 2, 3, 4], [5]]
 
 
+def test_a_standard_error_that_is_not_known_is_not_told() -> None:
+    cka, stderr = np.eye(4), np.full((4, 4), 0.01)
+    cka[1:3, 1:3] = 0.99
+    stderr[1, 2] = stderr[2, 1] = np.nan
+    plan = make_plan(cka, PlanConfig(threshold=0.98), stderr=stderr)
+    assert plan.reasons == {"2": {"like": 1, "cka": 0.99}}
+
+
 def test_influence_takes_the_lowest_and_says_so() -> None:
     influence = [0.0, 0.3, 0.1, 0.2, 0.4, 0.0]
     plan = make_plan(random_cka(0, 6), PlanConfig(method="influence", keep_layers=4), influence=influence)

@@ -211,6 +211,16 @@ def test_rounds_end_before_the_first_layer_of_a_stage_goes(loop: Any) -> None:
     assert any(line.endswith("result") for line in made.made)
 
 
+def test_it_ends_where_each_stack_has_one_layer_left(loop: Any) -> None:
+    made = loop(tolerance=10.0, plan={"method": "chain", "protect_first": 0, "protect_last": 0})
+    made.stacks = {"encoder": 6, "decoder": 6}
+    made.plan = lambda depth, plan: [layer for layer in range(depth) if layer % (depth // 2)]
+    record = made.run()
+    assert [entry["kept"] for entry in record["rounds"]] == [[0, 6]]
+    assert record["stopped"] == "one layer is left in each of the 2 stacks"
+    assert not any(line.startswith("round-02") for line in made.made)
+
+
 def test_accuracy_is_judged_by_difference(loop: Any) -> None:
     made = loop(tolerance=0.02, metric="accuracy", max_rounds=2)
     values = iter([0.49, 0.47])

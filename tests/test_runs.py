@@ -214,6 +214,18 @@ def test_other_inputs_are_refused_with_what_differs(plan: Making) -> None:
     assert plan.times == 2
 
 
+def test_a_stage_that_was_begun_here_is_taken_over_from_where_it_is_done(plan: Making, tmp_path: Path) -> None:
+    other = Making(tmp_path / "other")
+    other(INPUTS)
+    plan.fails = True
+    with pytest.raises(RuntimeError):
+        plan(INPUTS)
+    plan.run.adopt("plan", other.run)
+    plan(INPUTS)
+    assert plan.times == 1
+    assert (plan.folder / "plan.json").read_text() == "1"
+
+
 def test_an_output_that_is_missing_is_made_again(plan: Making) -> None:
     plan(INPUTS)
     (plan.folder / "plan.json").unlink()

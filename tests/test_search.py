@@ -1,6 +1,7 @@
 """The search: never more passes than it may take, as good as greedy with a third of them, and never fooled."""
 
 import itertools
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,13 @@ def test_it_keeps_to_its_passes_whatever_they_are(seed: int, remove: int, passes
     spent = losses.passes
     losses.loss(proposal.dropped)
     assert losses.passes == spent  # the plan was measured on the whole text
+
+
+def test_what_was_never_measured_is_no_number() -> None:
+    losses = losses_of(costs(0))
+    proposal = search(losses, FREE, removing(4), 2.0, [[3, 7, 11, 15]])  # not even the passes for a look at each layer
+    assert "not measured by itself" in proposal.reasons.values()
+    json.dumps(proposal.reasons, allow_nan=False)
 
 
 def test_it_is_as_good_as_greedy_with_a_third_of_its_passes() -> None:

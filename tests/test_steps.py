@@ -22,7 +22,7 @@ from mpruner_dist.rewriting.rewrite import run_here
 from mpruner_dist.runs.commit import write_json
 from mpruner_dist.runs.folder import RunFolder, open_run
 from mpruner_dist.steps.evaluate import baseline
-from mpruner_dist.steps.plan import judge
+from mpruner_dist.steps.plan import judge, plan
 from mpruner_dist.steps.report import report
 from mpruner_dist.steps.retrain import _result_of
 from mpruner_dist.steps.rewrite import rewrite
@@ -184,3 +184,27 @@ def test_only_a_plan_by_hand_may_keep_all_layers(tmp_path: Path) -> None:
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "pruned"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_runs_own_plan_may_be_edited_and_given_back(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, "config: here\n")
+    (tmp_path / "cka.json").write_text(json.dumps({
+        "layers": [], "cka": np.eye(4).tolist(), "stderr": None, "block_influence": None, "angular_distance": None,
+    }))  # fmt: skip
+    (tmp_path / "plan.json").write_text('{"num_layers": 4, "kept": [0, 2, 3]}')
+    data = {part: {"path": f"{part}.txt"} for part in ("calibration", "test")}
+    by_hand = {"method": "file", "file": str(tmp_path / "plan.json")}
+    config = Config.model_validate({"model": {"path": "m"}, "data": data, "plan": by_hand})
+    road: Any = SimpleNamespace(
+        config=config,
+        folder=folder,
+        checkpoint=SimpleNamespace(tensors={}, num_parameters=0),
+        stacks=lambda: [4],
+        run=None,
+    )
+    for attempt in range(2):  # it is written anew, in the form of all plans
+        inputs, outputs, make = plan(road)
+        folder.stage("plan", inputs, outputs, make, remedy="mpruner plan CONFIG")
+        assert json.loads((tmp_path / "plan.json").read_text())["kept"] == [0, 2, 3], attempt
+    (tmp_path / "plan.json").write_text('{"num_layers": 4, "kept": [0, 3]}')
+    assert folder.changes("plan", plan(road)[0]) == ["file: was [0, 2, 3], is [0, 3]"]

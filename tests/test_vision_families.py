@@ -1,5 +1,6 @@
 """Vision families beside ViT and ResNet: what the stages of a run do with their blocks."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
 from mpruner_dist.rewriting.shrink import Skeleton, pattern_of_places
 from mpruner_dist.similarity.collect import collect_job
 from mpruner_dist.similarity.stage import write_cka
+from mpruner_dist.similarity.sums import BatchSums
 
 KIND = "AutoModelForImageClassification"
 
@@ -37,11 +39,44 @@ def config_for(folder: Path) -> Config:
 def collect(folder: Path) -> None:
     (folder / "logs").mkdir()
     (folder / "sums").mkdir()
+    collect_here(folder, config_for(folder))
+
+
+def collect_here(folder: Path, config: Config, is_settled: Any = None) -> None:
     worker = Worker(0, 1, 0, 1, "cpu", folder / "logs", "collect")
     collect_job(worker, {
-        "config": config_for(folder), "model": folder / "model", "blocks": folder / "images.safetensors",
-        "sums": folder / "sums", "deepspeed": {}, "is_settled": None,
+        "config": config, "model": folder / "model", "blocks": folder / "images.safetensors",
+        "sums": folder / "sums", "deepspeed": {}, "is_settled": is_settled,
     })  # fmt: skip
+
+
+def collect_twice(folder: Path) -> None:
+    """The second time as after a stop that came when more was saved than was looked at."""
+    (folder / "logs").mkdir()
+    (folder / "sums").mkdir()
+    window = {"until": "settled", "check_every": 1}
+    config = config_for(folder)
+    config = config.model_copy(update={"collect": config.collect.model_copy(update=window)})
+    for attempt in ("first", "second"):
+        looked: list[int] = []
+
+        def is_settled(sums: BatchSums, looked: list[int] = looked) -> bool:
+            looked.append(len(sums))
+            return len(sums) == 3
+
+        collect_here(folder, config, is_settled)
+        (folder / f"{attempt}.json").write_text(json.dumps(looked))
+
+
+@pytest.mark.ray
+def test_it_looks_at_the_same_batches_again_after_a_stop(tmp_path: Path) -> None:
+    make_family("swin", tmp_path / "model")
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 3, 64, 64)).astype(np.uint8)
+    half = np.full(3, 0.5, np.float32)
+    save_part(tmp_path / "images.safetensors", LabelledImages(pixels, np.zeros(24, np.int32), half, half))
+    on_ranks(1, collect_twice, tmp_path)
+    looked = [json.loads((tmp_path / f"{attempt}.json").read_text()) for attempt in ("first", "second")]
+    assert looked == [[1, 2, 3], [1, 2, 3]]
 
 
 @pytest.mark.ray

@@ -72,7 +72,7 @@ def rewrite(
 
         require_one_stack(folder, kept, export, config_folder, trust_remote_code)  # before the work
     request = Request(open_checkpoint(folder, config_folder).fingerprint(), kept, size, drop_mtp, preserve_pattern)
-    if is_finished(request, target) and not export:  # before the seconds that torch takes to start
+    if not universal and not export and is_finished(request, target):  # before the seconds that torch takes to start
         typer.echo(f"{target}: done before")
     elif universal:
         from mpruner_dist.rewriting.universal import rewrite_universal

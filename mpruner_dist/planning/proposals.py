@@ -99,6 +99,6 @@ def _clustered(measured: Similarities, clusters: Clusters, dropped: list[int]) -
     reasons = {}
     for layer in dropped:
         reasons[layer] = {"like": like[layer], "cka": float(measured.cka_LL[like[layer], layer])}
-        if measured.stderr_LL is not None:
-            reasons[layer]["stderr"] = float(measured.stderr_LL[like[layer], layer])
+        if measured.stderr_LL is not None and np.isfinite(stderr := measured.stderr_LL[like[layer], layer]):
+            reasons[layer]["stderr"] = float(stderr)
     return Proposal(dropped, reasons, clusters)

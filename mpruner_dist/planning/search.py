@@ -50,7 +50,11 @@ def search(
     found.take_best_of(proposals)
     found.swap(is_met)
     losses.require_finite([found.dropped])
-    return Proposal(found.dropped, {layer: {"cost": found.cost(layer)} for layer in found.dropped})
+    costs = {layer: found.cost(layer) for layer in found.dropped}
+    return Proposal(
+        found.dropped,
+        {layer: {"cost": cost} if np.isfinite(cost) else "not measured by itself" for layer, cost in costs.items()},
+    )
 
 
 class Search:

@@ -51,8 +51,9 @@ def print_comparison(path: Path) -> None:
         column.justify = "right"
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
-    Console().print(comparison_note(content))
+    console = Console(markup=False, emoji=False)
+    console.print(table)
+    console.print(comparison_note(content))
 
 
 def plans_figure(content: Comparison) -> str:

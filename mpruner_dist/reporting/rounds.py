@@ -55,8 +55,9 @@ def print_rounds(path: Path) -> None:
         table.add_column(heading, overflow="fold")  # on a narrow terminal nothing is cut off
     for row in round_rows(record):
         table.add_row(*row)
-    Console().print(table)
-    Console().print(f"rounds ended: {record['stopped']}")
+    console = Console(markup=False, emoji=False)
+    console.print(table)
+    console.print(f"rounds ended: {record['stopped']}")
 
 
 def rounds_summary(record: Record) -> list[str]:

@@ -144,4 +144,4 @@ def _print(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
         column.justify = "right"
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)

@@ -94,11 +94,11 @@ class RunFolder:
         return _differences(self.stages[name]["inputs"], json.loads(json.dumps(inputs)))
 
     def adopt(self, name: str, other: "RunFolder") -> None:
-        """Take a finished stage over from another folder, where it is not known here: the same inputs, the same files.
+        """Take a finished stage over from another folder, where it is not done here: the same inputs, the same files.
 
         Files are copied, so that either folder can be deleted.
         """
-        if name in self.stages or not other.is_done(name):
+        if self.is_done(name) or not other.is_done(name):
             return
         for output in other.stages[name]["outputs"]:
             write_bytes(self / output, (other / output).read_bytes())

@@ -15,7 +15,7 @@ from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import CollectConfig, Config
 from mpruner_dist.data.blocks import batch_rows, share_of_batches
 from mpruner_dist.data.parts import Part, load_part
-from mpruner_dist.errors import StageFailure
+from mpruner_dist.errors import StageFailure, UserError
 from mpruner_dist.models.blocks import activations_per_token
 from mpruner_dist.models.engines import forward_settings, inference_engine
 from mpruner_dist.models.stacks import series_of_blocks
@@ -97,8 +97,11 @@ class Collection:
         worker.barrier()  # everyone has saved
 
     def is_settled(self, is_settled: IsSettled) -> bool:
-        """Whether no more batches are needed: the first worker judges by all that is saved, and tells the others."""
-        yes = self.worker.is_first and is_settled(BatchSums.load(self.folder))
+        """Whether no more batches are needed: the first worker judges by those up to here, and tells the others.
+
+        An attempt that was stopped may have saved more of them.
+        """
+        yes = self.worker.is_first and is_settled(BatchSums.load(self.folder).before(self.end))
         return self.worker.sum_over_workers(torch.tensor([float(yes)], device=self.worker.device)).item() > 0
 
     def finish(self) -> None:
@@ -187,6 +190,19 @@ def grouped(part: Part, batches: list[int], config: CollectConfig) -> tuple[Part
         ]
         for mask, of in zip(masks, OF_MASKS if len(masks) > 1 else ("",), strict=True)
     ]
+
+
+def require_pairs(stacks: dict[str, list[str]]) -> None:
+    """Refuse a model no two layers of which can be compared.
+
+    Args:
+        stacks: the names of the layers of each.
+
+    Raises:
+        UserError: each stack has one.
+    """
+    if max(map(len, stacks.values())) < 2:
+        raise UserError(f"the model has a single layer in {' and in '.join(stacks)}: there is nothing to compare")
 
 
 def require_samples(part: Part, config: CollectConfig) -> None:

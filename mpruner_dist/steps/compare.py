@@ -33,12 +33,12 @@ def compare(road: Road, depths: list[int] | None) -> None:
     section = road.config.plan
     given = measured(road, section)
     layers = len(given["cka"])
-    depths = depths or default_depths(layers)
-    free = layers - len(protected_layers(given["stacks"], section))
+    free = layers - max(len(protected_layers(given["stacks"], section)), 1)
+    depths = depths or default_depths(layers, free)
     if not 1 <= min(depths) <= max(depths) <= free:
         raise UserError(
             f"--depths {','.join(map(str, depths))}: from 1 to {free} of {layers} layers can go "
-            f"({layers - free} stay by plan.protect_first, plan.protect_last or as the first of a stack)"
+            f"({layers - free} stay by plan.protect_first, plan.protect_last, as the first of a stack, or alone)"
         )
     judged, end = split(road)
     passes = greedy_passes(free, max(depths)) + section.passes * len(depths) + len(COMPARED) * len(depths)
@@ -69,8 +69,8 @@ def split(road: Road) -> tuple[int, int]:
     return judged, blocks
 
 
-def default_depths(layers: int) -> list[int]:
-    """At most six numbers of layers, up to a third of them."""
-    most = max(layers // 3, 1)
+def default_depths(layers: int, free: int) -> list[int]:
+    """At most six numbers of layers, up to a third of them, and to those that can go."""
+    most = max(min(layers // 3, free), 1)
     step = -(-most // 5)
     return list(range(step, most + 1, step))

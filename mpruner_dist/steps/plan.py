@@ -9,7 +9,7 @@ from mpruner_dist.checkpoints.naming import layer_parameters
 from mpruner_dist.config import PlanConfig
 from mpruner_dist.config.plan import JUDGED
 from mpruner_dist.config.task import FACTS
-from mpruner_dist.plan import Plan, format_layers
+from mpruner_dist.plan import Plan, format_layers, read_plan
 from mpruner_dist.road import Road, Step
 from mpruner_dist.runs.commit import write_json
 from mpruner_dist.runs.digest import file_digest
@@ -25,7 +25,8 @@ def plan(road: Road) -> Step:
         "cka": file_digest(road.folder / "cka.json"),
         "plan": section.model_dump(mode="json"),
         "at_least": _floor(road),
-        "file": file_digest(section.file) if section.file and section.file.is_file() else None,
+        # not its bytes: it may be the run's own plan.json, which is about to be written anew
+        "file": read_plan(section.file).kept if section.file and section.file.is_file() else None,
     }
     if section.method in JUDGED:
         inputs |= judged_inputs(road)
