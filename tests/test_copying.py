@@ -172,6 +172,8 @@ def test_unchanged_weights_make_the_same_folder_byte_for_byte(
     parameters = match_names(model, checkpoint, "model")
     assert parameters["embed.weight"] is model.model.embed.weight
     assert parameters["head.bias"] is model.head.bias
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model-00001-of-00030.safetensors").write_bytes(b"of an export that was stopped")
     counts = export_weights(trained(model, checkpoint), checkpoint, tmp_path / "out", whole, is_writer=True)
     assert (counts.trained_tensors, counts.changed_tensors, counts.frozen_tensors) == (len(parameters), 0, 0)
     assert contents(tmp_path / "out") == contents(checkpoint.path)

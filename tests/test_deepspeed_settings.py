@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import ROOT
 
 from mpruner_dist.cluster.settings import (
     dtype_settings,
@@ -86,12 +87,12 @@ def test_a_section_that_must_be_a_table_and_is_not_is_answered_or_refused_by_nam
             training({"bf16": value})
 
 
-def test_the_users_optimizer_and_scheduler_are_kept_whole() -> None:
+def test_the_users_optimizer_and_scheduler_are_kept() -> None:
     mine = {"type": "Lion", "params": {"lr": 1.0}}
     schedule = {"type": "WarmupLR", "params": {"warmup_max_lr": 1.0}}
     made = training({"optimizer": mine, "scheduler": schedule, "wall_clock_breakdown": True})
     assert made["optimizer"] == mine
-    assert made["scheduler"] == schedule
+    assert made["scheduler"]["params"] == {"warmup_max_lr": 1.0, "warmup_num_steps": 4}
     assert made["wall_clock_breakdown"] is True
 
 
@@ -248,3 +249,32 @@ def test_a_file_is_read_or_refused_by_name(tmp_path: Path) -> None:
             read_deepspeed_config(path)
     with pytest.raises(UserError, match=r"DeepSpeed configuration .*none\.json"):
         read_deepspeed_config(tmp_path / "none.json")
+
+
+def test_what_a_file_leaves_out_of_optimizer_and_schedule_is_the_runs() -> None:
+    """DeepSpeed's own rate is 1e-3."""
+    for section in ({"type": "AdamW"}, {"type": "AdamW", "params": {"betas": [0.9, 0.95]}}):
+        params = training({"optimizer": section})["optimizer"]["params"]
+        assert params == section.get("params", {}) | {"lr": 3e-5}
+    assert training({"optimizer": {"type": "Lion", "params": {"lr": 1e-4}}})["optimizer"]["params"]["lr"] == 1e-4
+    warmup = training({"scheduler": {"type": "WarmupLR"}})["scheduler"]["params"]
+    assert warmup == {"warmup_num_steps": 4, "warmup_max_lr": 3e-5}
+    decay = training({"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 7}}})["scheduler"]["params"]
+    assert (decay["warmup_num_steps"], decay["total_num_steps"], decay["warmup_max_lr"]) == (7, 40, 3e-5)
+    cosine = training({"scheduler": {"type": "WarmupCosineLR"}})["scheduler"]["params"]
+    assert cosine == {"total_num_steps": 40, "warmup_num_steps": 4}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "deepspeed").glob("*.json")), ids=lambda path: path.name)
+def test_forward_passes_take_what_a_file_says_of_weights_alone(path: Path) -> None:
+    given = read_deepspeed_config(path)
+    if zero_stage(given) != 3:
+        with pytest.raises(UserError, match=f"ZeRO stage 0 or 3, not {zero_stage(given)}"):
+            inference_settings(given, 0, "float32")
+        return
+    made = inference_settings(given | {"optimizer": {"type": "AdamW"}}, 0, "float32")
+    assert made["zero_optimization"]["stage"] == 3
+    assert made["zero_optimization"].get("offload_param") == given["zero_optimization"].get("offload_param")
+    assert not {"optimizer", "train_batch_size", "gradient_clipping"} & made.keys()
+    assert "offload_optimizer" not in made["zero_optimization"]
+    assert "auto" not in json.dumps(made)

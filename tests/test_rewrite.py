@@ -17,6 +17,7 @@ from conftest import can_unshare, make_model
 from safetensors.torch import load_file, save_file
 
 from mpruner_dist.checkpoints.folder import read_checkpoint
+from mpruner_dist.checkpoints.stored import stored_safetensors
 from mpruner_dist.errors import StageFailure, UserError
 from mpruner_dist.models.blocks import skipped
 from mpruner_dist.models.stacks import run_blocks
@@ -43,8 +44,13 @@ def test_a_sharded_checkpoint_keeps_its_bytes_and_companions(tiny: Path, tmp_pat
     shutil.copytree(tiny / "model", source)
     (source / "modeling_own.py").write_text("# remote code\n")
     (source / "old.bin").write_bytes(b"weights")
+    for folder, file in (("additional_chat_templates", "rag.jinja"), ("onnx", "model.onnx"), (".cache", "a.json")):
+        (source / folder).mkdir()
+        (source / folder / file).write_text("{}")
     rewrite_checkpoint(source, tmp_path / "small", [0, 3, 7])
     old, new = read_checkpoint(source), read_checkpoint(tmp_path / "small")
+    assert (tmp_path / "small/additional_chat_templates/rag.jinja").read_text() == "{}"
+    assert [path.name for path in (tmp_path / "small").iterdir() if path.is_dir()] == ["additional_chat_templates"]
     assert len(old.shards) > 3
     assert len(new.shards) > 1
     tensors = {name: tensor for shard in new.shards for name, tensor in load_file(tmp_path / "small" / shard).items()}
@@ -141,6 +147,9 @@ def test_targets_that_would_do_harm_are_refused(tiny: Path, tmp_path: Path) -> N
         with pytest.raises(UserError, match="lies in, the source"):
             rewrite_checkpoint(tiny / "model", inside, [0, 7])
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    for here in (".", ".."):
+        with pytest.raises(UserError, match="is a folder that is there already: name a new one"):
+            rewrite_checkpoint(tiny / "model", Path(here), [0, 7])
 
 
 def test_a_checkpoint_of_another_depth_than_its_config_is_refused(tmp_path: Path) -> None:
@@ -256,3 +265,17 @@ def test_links_as_hub_caches_have_them_are_followed(tiny: Path, tmp_path: Path) 
     rewrite_checkpoint(cache, tmp_path / "small", [0, 7])
     assert not any(file.is_symlink() for file in (tmp_path / "small").iterdir())
     verify_checkpoint(tmp_path / "small")
+
+
+def test_a_fingerprint_sees_every_tensor(tmp_path: Path) -> None:
+    """Also one that lies between the spots of a large file, as those that adapters change may all do."""
+    make_model("llama", tmp_path)
+    tensors = {f"model.layers.{n}.w": torch.zeros(300_000) for n in range(40)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    seen = set()
+    for number in range(40):
+        save_file(tensors | {f"model.layers.{number}.w": torch.ones(300_000)}, tmp_path / "model.safetensors")
+        checkpoint = read_checkpoint(tmp_path)
+        seen.add(checkpoint.fingerprint())
+        assert stored_safetensors(checkpoint).fingerprint() == checkpoint.fingerprint()
+    assert len(seen) == 40

@@ -104,6 +104,13 @@ def test_a_value_of_a_sweep_may_be_a_path(tmp_path: Path) -> None:
     assert run == tmp_path / "run-plan.file-a_p.json"
 
 
+def test_settings_may_stand_before_the_configuration(tmp_path: Path) -> None:
+    command, run = allocation.command_line(["--set", "a.b=c", "--until", "plan", "c.yaml", "--set", "d.e=f"], None)
+    assert command[4] == "c.yaml"
+    assert command[7:] == ["--set", "a.b=c", "--set", "d.e=f", "--until", "plan", "--set", "cluster.address=null"]
+    assert run.name == "c"
+
+
 def test_the_configuration_does_not_lead_to_another_ray() -> None:
     command, _ = allocation.command_line(["c.yaml", "--set", "cluster.address=10.0.0.1:6379"], None)
     assert command[-2:] == ["--set", "cluster.address=null"]

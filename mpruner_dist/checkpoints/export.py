@@ -108,9 +108,12 @@ def export_weights(
     counts = Exported()
     with disk_errors(target):
         if is_writer:
-            target.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)  # of an export that was stopped: perhaps under other names
+            target.mkdir(parents=True)
             for file in sorted(checkpoint.path.iterdir()):
-                if file.is_file() and file.name not in checkpoint.shards:
+                if file.is_dir():
+                    shutil.copytree(file, target / file.name)
+                elif file.name not in checkpoint.shards:
                     shutil.copyfile(file, target / file.name)
         for shard, header in checkpoint.shards.items():
             with ExitStack() as stack:

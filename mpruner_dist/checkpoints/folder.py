@@ -1,6 +1,7 @@
 """A Hugging Face checkpoint folder: its configuration, its shards and what lies in them."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from mpruner_dist.runs.digest import digest, spot_digest
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+FLOAT_TAG = "__float__"
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,13 @@ class CheckpointFolder:
         return sum(info.num_bytes for info in self.tensors.values())
 
     def fingerprint(self) -> str:
-        """Digest of the configuration, the headers and sixteen spots of every shard: quick even at 140 GB."""
+        """Digest of the configuration, the headers, and spots of every shard and tensor: quick even at 140 GB."""
         names = {name: sorted(header.tensors) for name, header in self.shards.items()}
-        return digest([self.config, names, [spot_digest(self.path / name) for name in self.shards]])
+        middles = {
+            name: [(info.begin + info.end) // 2 for info in header.tensors.values()]
+            for name, header in self.shards.items()
+        }
+        return digest([self.config, names, [spot_digest(self.path / name, middles[name]) for name in self.shards]])
 
 
 def read_checkpoint(path: Path) -> CheckpointFolder:
@@ -55,7 +61,7 @@ def read_checkpoint(path: Path) -> CheckpointFolder:
     config_path = path / "config.json"
     if not config_path.is_file():
         raise UserError(f"{path} holds no config.json: it is no Hugging Face model folder")
-    config = read_json(config_path)
+    config = with_floats(read_json(config_path))
     index_path = path / INDEX_NAME
     if not index_path.is_file():
         if not (path / SINGLE_NAME).is_file():
@@ -97,6 +103,24 @@ def _check_index(index_path: Path, weight_map: dict[str, str], shards: dict[str,
         raise UserError(
             f"{index_path} and its shards disagree; only in the index: {missing}; only in the shards: {extra}"
         )
+
+
+def with_floats(content: Any) -> Any:
+    """A configuration as transformers 5 writes it, with its infinite numbers: {"__float__": "Infinity"} is one."""
+    if isinstance(content, dict) and content.keys() == {FLOAT_TAG}:
+        return float(content[FLOAT_TAG])
+    if isinstance(content, dict):
+        return {key: with_floats(value) for key, value in content.items()}
+    return [with_floats(value) for value in content] if isinstance(content, list) else content
+
+
+def with_tagged_floats(content: Any) -> Any:
+    """The other way round: JSON has no infinite numbers."""
+    if isinstance(content, float) and not math.isfinite(content):
+        return {FLOAT_TAG: {math.inf: "Infinity", -math.inf: "-Infinity"}.get(content, "NaN")}
+    if isinstance(content, dict):
+        return {key: with_tagged_floats(value) for key, value in content.items()}
+    return [with_tagged_floats(value) for value in content] if isinstance(content, list | tuple) else content
 
 
 def read_json(path: Path, make_object: Callable[[list[tuple[str, Any]]], dict[str, Any]] = dict) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mpruner_dist.errors import UserError
 
-COMPANIONS = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+COMPANIONS = ["*.json", "*.model", "*.txt", "*.jinja", "*.py", "*.spm", "*.codes", "*.tiktoken"]
 
 
 def resolve_source(path: str, revision: str | None) -> Path:

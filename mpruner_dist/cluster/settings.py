@@ -8,6 +8,11 @@ from mpruner_dist.errors import UserError
 
 Settings = dict[str, Any]
 
+OF_TRAINING = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "optimizer", "scheduler",
+)  # fmt: skip
+
 
 def read_deepspeed_config(path: Path | None) -> Settings:
     """A user's DeepSpeed JSON; empty without one.
@@ -99,10 +104,16 @@ def zero_stage(settings: Settings) -> int:
 def inference_settings(given: Settings, stage: int, dtype: str, *, offload: bool = False) -> Settings:
     """A DeepSpeed configuration for forward passes only; `stage` and `offload` where the given one does not say.
 
+    What a given one says of training is left out.
+
     Raises:
         UserError: a contradiction, or a ZeRO stage that has no meaning without an optimizer.
     """
     required = {"train_micro_batch_size_per_gpu": 1, **dtype_settings(dtype)}
+    given = {key: value for key, value in given.items() if key not in OF_TRAINING}
+    if isinstance(partition := given.get("zero_optimization"), dict):  # "auto": as DeepSpeed has it by itself
+        asked = {key: value for key, value in partition.items() if key == "stage" or value != "auto"}
+        given["zero_optimization"] = {key: value for key, value in asked.items() if key != "offload_optimizer"}
     zero: Settings = {"stage": stage}
     if offload:
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}

@@ -133,14 +133,20 @@ def key_problems(
     load them.
     """
     quiet_transformers()
-    kind = kind or model_class(read_config(folder, trust_remote_code))
-    _, report = kind.from_pretrained(
-        folder,
-        device_map="meta",
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        trust_remote_code=trust_remote_code,
-    )
+    config = read_config(folder, trust_remote_code)
+    kind = kind or model_class(config)
+    try:
+        _, report = kind.from_pretrained(
+            folder,
+            device_map="meta",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (ImportError, RuntimeError) as error:  # a package, or a GPU, that a quantised model needs
+        if not hasattr(config, "quantization_config"):
+            raise
+        raise UserError(f"{folder} cannot be laid out here: {error}") from error
     return [
         *(f"{name} is missing" for name in sorted(report["missing_keys"])),
         *(

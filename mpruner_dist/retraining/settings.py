@@ -12,6 +12,9 @@ from mpruner_dist.config import RetrainConfig
 
 WIDTH_FIELDS = ("hidden_size", "n_embd", "d_model")
 
+NEEDED = ("warmup_max_lr", "warmup_num_steps", "total_num_steps")
+"""What a schedule cannot do without."""
+
 
 def hidden_size(config: dict[str, Any]) -> int | None:
     """Width of the states between layers, from the content of a `config.json`; None if it does not say."""
@@ -69,7 +72,13 @@ def training_settings(given: Settings, config: RetrainConfig, dtype: str, worker
             "stage3_prefetch_bucket_size": int(0.9 * width * width),
             "stage3_param_persistence_threshold": 10 * width,
         }
-    return fill_in(given, required, defaults, answers)
+    filled = fill_in(given, required, defaults, answers)
+    # what else would be DeepSpeed's own, a rate of 1e-3, or missing
+    schedule = _schedule(str(filled["scheduler"]["type"]), config)
+    needed = {name: schedule[name] for name in NEEDED if name in schedule}
+    for section, left_out in (("optimizer", {"lr": config.learning_rate}), ("scheduler", needed)):
+        filled[section] = filled[section] | {"params": left_out | (filled[section].get("params") or {})}
+    return filled
 
 
 def _schedule(kind: str, config: RetrainConfig) -> Settings:
@@ -81,7 +90,9 @@ def _schedule(kind: str, config: RetrainConfig) -> Settings:
             **warmup, "total_num_steps": config.steps, "warmup_min_ratio": start, "cos_min_ratio": config.min_lr_ratio,
         }  # fmt: skip
     rates = {"warmup_min_lr": 0, "warmup_max_lr": config.learning_rate}
-    return {**warmup, **rates, "total_num_steps": config.steps}
+    if kind == "WarmupLR":
+        return {**warmup, **rates}
+    return {**warmup, **rates, "total_num_steps": config.steps} if kind == "WarmupDecayLR" else {}
 
 
 @lru_cache(maxsize=4)

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mpruner_dist.checkpoints.folder import INDEX_NAME, index_json
+from mpruner_dist.checkpoints.folder import INDEX_NAME, index_json, with_tagged_floats
 from mpruner_dist.checkpoints.formats import open_checkpoint
 from mpruner_dist.checkpoints.header import read_header
 from mpruner_dist.checkpoints.naming import layer_of
 from mpruner_dist.checkpoints.stored import StoredCheckpoint
 from mpruner_dist.errors import UserError
 from mpruner_dist.models.config_fields import NEXT_TOKEN_FIELDS, renumber_names
-from mpruner_dist.models.loading import empty_model, read_config
+from mpruner_dist.models.loading import empty_model, key_problems, read_config
 from mpruner_dist.models.naming import model_names, stack_prefix
 from mpruner_dist.models.serving import kinds_and_pattern
 from mpruner_dist.models.signature import FIRST_ONLY
@@ -31,6 +31,7 @@ from mpruner_dist.runs.commit import commit_folder, disk_errors, require_space, 
 log = logging.getLogger(__name__)
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".distcp"}
+COMPANION_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".py", ".md", ".spm"}
 TRAINING_FILES = {"latest", "latest_universal", "zero_to_fp32.py", ".metadata", LAYER_MAP}
 AT_ONCE = 4
 """Files that are copied at once where no Ray spreads them: one alone does not fill a fast disk."""
@@ -132,6 +133,8 @@ def prepare(checkpoint: StoredCheckpoint, kept: Keep, options: Options) -> Rewri
         UserError: what cannot be expressed.
     """
     config = read_config(checkpoint.companions, options.trust_remote_code)
+    if "quantization_config" in checkpoint.config and checkpoint.path == checkpoint.companions:
+        key_problems(checkpoint.path, options.trust_remote_code)  # whether its layout can be proven here
     whole = Skeleton(checkpoint.config, config, empty_model(config, options.trust_remote_code))
     names = list(checkpoint.tensors)
     if isinstance(kept, Plan):
@@ -153,7 +156,8 @@ def prepare(checkpoint: StoredCheckpoint, kept: Keep, options: Options) -> Rewri
         stored = _without_next_token(stored)
     for stack in stacks:
         if "quantization_config" in stored:
-            renumbered = renumber_names(stored["quantization_config"], stack.prefix, stack.kept)
+            quantised = stored["quantization_config"]
+            renumbered = renumber_names(quantised, stack.prefix, stack.depth, stack.kept, keep_next_token)
             stored = stored | {"quantization_config": renumbered}
     renamed = new_names(names, stacks)
     asked, state = model_names(whole.model, renamed), whole.model.state_dict().keys()
@@ -213,7 +217,7 @@ def _without_next_token(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_descriptions(folder: Path, copies: list[ShardCopy], rewrite: Rewrite, request: Request) -> None:
-    write_json(folder / "config.json", rewrite.stored)
+    write_json(folder / "config.json", with_tagged_floats(rewrite.stored))
     if len(copies) > 1:
         write_json(folder / INDEX_NAME, index_json({copy.target.name: read_header(copy.target) for copy in copies}))
     write_json(folder / LAYER_MAP, layer_map(rewrite.kept) | {"request": request.digest})
@@ -242,11 +246,20 @@ def layer_map(kept: Kept) -> dict[str, Any]:
 
 
 def copy_companions(source: Path, folder: Path, kept: Kept) -> None:
-    """Tokenizer, chat template, generation configuration, remote code, licence: every file that holds no weights."""
+    """Tokenizer, chat template, generation configuration, remote code, licence: every file that holds no weights.
+
+    Of subfolders those that hold such files only, such as further chat templates; what is left out is told.
+    """
     for file in sorted(source.iterdir()):
         is_weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json") or file.name in TRAINING_FILES
         if file.is_file() and not is_weights:
             shutil.copyfile(file, folder / file.name)
+        if not file.is_dir() or file.name.startswith(".") or file.name == "__pycache__":
+            continue
+        if all(inner.is_dir() or inner.suffix in COMPANION_SUFFIXES for inner in file.rglob("*")):
+            shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
+        else:
+            log.info("  left out: the folder %s of %s", file.name, source)
     generation = folder / "generation_config.json"
     content = json.loads(generation.read_text()) if generation.is_file() else {}
     for stack, layers in kept.items():
@@ -261,6 +274,8 @@ def require_target(checkpoint: StoredCheckpoint, target: Path) -> None:
     Raises:
         UserError: it lies in the source, holds it, or is something else.
     """
+    if target.name in ("", ".."):
+        raise UserError(f"the target {target} is a folder that is there already: name a new one")
     place = target.resolve()
     for folder in {checkpoint.path.resolve(), checkpoint.companions.resolve()}:
         if place == folder or folder in place.parents:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpruner_dist.errors import UserError
-from mpruner_dist.models.config_fields import shrink_fields
+from mpruner_dist.models.config_fields import STATES_OF_VISION, moved_state, shrink_fields
 from mpruner_dist.models.loading import CONFIG_ERRORS, empty_model
 from mpruner_dist.models.signature import Signature, differences, signatures
 from mpruner_dist.models.stacks import DepthField, Stack, config_at, find_stacks, run_stacks
@@ -87,6 +87,8 @@ def _shrink_config(before: Skeleton, stack: Stack, field: DepthField, layers: li
     for alias, name in own.attribute_map.items():
         if name == field.name and alias in node:  # where both are given transformers believes the alias
             node[alias] = len(layers)
+    if stack.config_path[-1:] == ("vision_config",):
+        _move_states_of_vision(stored, before.config, stack, layers)
     # What the class would now compute differently, because the file leaves it out, is written as the original had it.
     for _ in range(2):
         config = type(before.config).from_dict(copy.deepcopy(stored))
@@ -98,6 +100,19 @@ def _shrink_config(before: Skeleton, stack: Stack, field: DepthField, layers: li
     else:
         raise ValueError(f"it has no place for {', '.join(f'{name} = {value}' for name, value in lost.items())}")
     return stored, config
+
+
+def _move_states_of_vision(stored: dict[str, Any], config: Any, stack: Stack, layers: list[int]) -> None:
+    """Write into config.json which states of the shorter vision stack the language model is given."""
+    above = config_at(config, stack.config_path[:-1])
+    for part in stack.config_path[:-1]:
+        stored = stored.setdefault(part, {})
+    for name in STATES_OF_VISION:
+        states = getattr(above, name, None)
+        if isinstance(states, int):
+            stored[name] = moved_state(states, stack.depth, layers)
+        elif isinstance(states, list | tuple):
+            stored[name] = [moved_state(state, stack.depth, layers) for state in states]
 
 
 def _require_same(whole: Any, small: Any, kept: Kept) -> None:

@@ -4,6 +4,7 @@ import logging
 import shutil
 from pathlib import Path
 
+from mpruner_dist.checkpoints.folder import with_tagged_floats
 from mpruner_dist.checkpoints.formats import open_checkpoint
 from mpruner_dist.checkpoints.zero_files import frozen_names, step_folder
 from mpruner_dist.cluster.universal import convert_to_universal, prune_universal
@@ -66,6 +67,6 @@ def rewrite_universal(
         prune_universal(partial / step.name, rewrite.renamed)
         copy_companions(checkpoint.companions, partial, rewrite.kept)
     write_text(partial / LATEST, step.name)
-    write_json(partial / "config.json", rewrite.stored)
+    write_json(partial / "config.json", with_tagged_floats(rewrite.stored))
     write_json(partial / LAYER_MAP, layer_map(rewrite.kept) | {"request": request.digest})
     commit_folder(partial, target)

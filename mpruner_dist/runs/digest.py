@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def spot_digest(path: Path) -> str:
-    """Digest of a file's size and sixteen spots of 64 KiB: quick for files of any size."""
+def spot_digest(path: Path, places: Iterable[int] = ()) -> str:
+    """Digest of a file's size, of sixteen spots of 64 KiB and of 4 KiB at each place: quick for files of any size."""
     size = path.stat().st_size
     state = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
         for spot in range(16):
             file.seek(size * spot // 16)
             state.update(file.read(65536))
+        for place in sorted(places):
+            file.seek(place)
+            state.update(file.read(4096))
     return state.hexdigest()[:16]

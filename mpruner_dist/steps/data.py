@@ -9,7 +9,7 @@ from mpruner_dist.logs import show_progress
 from mpruner_dist.road import Road, Step
 from mpruner_dist.runs.digest import spot_digest
 
-TOKENIZERS = ("*token*", "*.spm", "*.model", "vocab.*", "merges.txt", "*processor_config.json")
+TOKENIZERS = ("*token*", "*.spm", "*.model", "*.codes", "vocab.*", "merges.txt", "*processor_config.json")
 """Names of files that say how data are read."""
 
 

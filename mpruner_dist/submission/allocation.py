@@ -100,7 +100,13 @@ def command_line(arguments: list[str], array_task: str | None) -> tuple[list[str
     parser.add_argument("--command", default="run", choices=["run", "collect", "plan", "retrain", "evaluate", "report"])
     parser.add_argument("--sweep", metavar="KEY=V1,V2")
     parser.add_argument("--run-dir", type=Path)
+    passed_on = ("set", "until", "collected")  # whose values would else be taken for CONFIG
+    for name in passed_on:
+        parser.add_argument(f"--{name}", action="append", default=[])
     given, options = parser.parse_known_args(arguments)
+    for name in passed_on:
+        for value in getattr(given, name):
+            options += [f"--{name}", value]
     run_dir = (given.run_dir or Path("runs") / given.config.stem).absolute()
     if given.sweep is not None:
         key, _, values = given.sweep.partition("=")
