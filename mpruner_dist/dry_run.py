@@ -22,6 +22,7 @@ from mpruner_dist.evaluation.extras import require_extras
 from mpruner_dist.logs import show_progress
 from mpruner_dist.models.loading import quiet_transformers, read_config
 from mpruner_dist.models.naming import layer_names
+from mpruner_dist.models.positions import require_positions
 from mpruner_dist.plan import read_plan
 from mpruner_dist.planning.budget import Budget
 from mpruner_dist.planning.greedy import greedy_passes
@@ -51,6 +52,7 @@ def describe(config: Config) -> Rows:
     model_config = read_config(source, config.model.trust_remote_code)
     stacks = layer_names(checkpoint.tensors, model_config, config.model.trust_remote_code)
     require_pairs(stacks)
+    require_positions(model_config, config)
     layers = [layer for of_stack in stacks.values() for layer in of_stack]
     depth, sizes = len(layers), layer_parameters(checkpoint, layers)
     depths = [len(of_stack) for of_stack in stacks.values()]

@@ -13,7 +13,7 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from mpruner_dist.config import Config, SourceConfig
 from mpruner_dist.data.blocks import (
@@ -89,6 +89,20 @@ def test_unpacked_records_have_blocks_of_their_own(records: list[list[int]], siz
         assert length == len(tokens)
         assert ids.tolist() == tokens + [0] * (size - len(tokens))
         assert mask.tolist() == [1] * len(tokens) + [0] * (size - len(tokens))
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_each_block_begins_as_the_tokenizer_begins_a_text(pack: bool) -> None:
+    """Gemma's does, SmolLM2's does not."""
+    tokenizer = word_tokenizer()
+    tokenizer.bos_token = "<end>"
+    assert make_blocks([text_of([1, 2, 3])], tokenizer, 3, pack, "", None).ids.tolist() == [[4, 5, 6]]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<end> $A", special_tokens=[("<end>", END)]
+    )
+    blocks = make_blocks([text_of([1, 2, 3]), text_of([4, 5])], tokenizer, 3, pack, "", None)
+    assert blocks.ids.tolist() == [[END, 4, 5], [END, 6, 7] if pack else [END, 7, 8]]
+    assert blocks.lengths.tolist() == [3, 3]
 
 
 def test_the_limit_holds_and_no_more_records_are_read_than_needed() -> None:

@@ -39,6 +39,31 @@ def test_a_model_of_one_layer_is_refused(command: Cli, tmp_path: Path, settings:
     assert (code, "a single layer in model.layers: there is nothing to compare" in output) == (2, True), output
 
 
+SHORT: dict[str, Any] = {"vocab_size": 128, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("gpt2", {"n_positions": 16, "vocab_size": 128, "n_embd": 32, "n_head": 4, "n_layer": 3}),
+        ("opt", {"max_position_embeddings": 16, "ffn_dim": 64, "word_embed_proj_dim": 32, **SHORT}),
+    ],
+)
+def test_texts_longer_than_learned_positions_are_refused(
+    command: Cli, tmp_path: Path, settings: dict[str, Any], kind: str, sizes: dict[str, Any]
+) -> None:
+    config = transformers.AutoConfig.for_model(kind, **sizes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "short")
+    make_tokenizer(tmp_path / "short")
+    settings["model"]["path"] = str(tmp_path / "short")
+    settings["plan"]["keep_layers"] = 2
+    code, output = dry_run(command, tmp_path, settings)
+    assert (code, "data.block_size 32: the model has learned positions for 16" in output) == (2, True), output
+    settings["data"]["block_size"] = settings["collect"]["samples"] = 16
+    code, output = dry_run(command, tmp_path, settings)
+    assert code == 0, output
+
+
 def test_brackets_in_names_are_no_markup(
     command: Cli, tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mpruner_dist.errors import StageFailure, UserError
 from mpruner_dist.runs.commit import commit_folder, disk_errors, require_space, write_bytes, write_json
 from mpruner_dist.runs.digest import digest, file_digest, spot_digest
-from mpruner_dist.runs.folder import RunFolder, open_run, read_manifest
+from mpruner_dist.runs.folder import RunFolder, begin_run, open_run, read_manifest
 
 FAILING_WRITE = """
 import resource, sys
@@ -283,6 +283,11 @@ def test_another_process_may_not_open_a_run_until_its_owner_ends(
     owner.communicate("")
     with open_run(tmp_path / "run", "") as run:
         assert (run.path, run.stages) == (tmp_path / "run", {})
+
+
+def test_what_the_doctor_left_is_no_other_work(tmp_path: Path) -> None:
+    (tmp_path / ".doctor-12ab" / "logs").mkdir(parents=True)
+    begin_run(tmp_path).close()
 
 
 def test_only_a_runs_own_or_empty_folder_is_taken(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ GB = 10**9
         (1, 1, 2, None, 0, False, "a replica on each worker: the weights take 1.0 GB, 2.0 GB are free"),
         (14, 1, 80, 100, 0, False, "a replica"),
         (14, 2, 16, None, 3, False, r"partitions \(ZeRO stage 3\): the weights take 14.0 GB, a partition 7.0 GB and"),
+        (32, 8, 80, 20, 3, False, "a partition 4.0 GB"),  # eight replicas would be loaded through 160 GB at once
         (140, 8, 80, 100, 3, False, "a partition 17.5 GB and what is gathered 2.0 GB, 80.0 GB are free"),
         (140, 1, 80, 200, 3, True, r"partitions in CPU memory .*80.0 GB are free .* and 200.0 GB of CPU memory"),
         (140, 4, 24, 60, 3, True, "partitions in CPU memory"),

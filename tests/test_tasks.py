@@ -44,6 +44,8 @@ def test_a_metric_behind_several_filters_must_be_named_with_one() -> None:
         read_value(found, TaskConfig(name="quiz", metric="exact_match"))
     with pytest.raises(UserError, match=f"has no metric 'exact_match,loose': {names}"):
         read_value(found, TaskConfig(name="quiz", metric="exact_match,loose"))
+    with pytest.raises(UserError, match="reports no value of its own: name the tasks that it is made of"):
+        read_value(harness_results(), TaskConfig(name="quiz"))
     found["results"]["quiz"].pop("bits,none")
     with pytest.raises(UserError, match="reports exact_match behind several filters"):
         read_value(found, TaskConfig(name="quiz"))

@@ -3,8 +3,12 @@
 DeepSpeed is imported where it is used: only workers need it, and importing it takes seconds and looks for accelerators.
 """
 
+import fcntl
 import shlex
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,23 +16,59 @@ import torch
 from mpruner_dist.cluster.settings import Settings
 from mpruner_dist.errors import UserError
 
+LONGEST_COMPILATION_S = 180
+"""Of a small C++ file on a busy machine."""
+
 
 def start_deepspeed(device: torch.device) -> None:
     """Hand DeepSpeed the process group that Ray Train made."""
     import deepspeed
 
     _allow_spaces_in_library_path()
+    if device.type == "cpu":
+        compile_collective()
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
 
 
 def compile_collective() -> None:
-    """Compile DeepSpeed's shared-memory collective for CPUs now, once a machine, and not in the first run."""
+    """Load DeepSpeed's shared-memory collective for CPUs, which is compiled at first, once a machine."""
     from deepspeed.accelerator import get_accelerator
 
     _allow_spaces_in_library_path()
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is not None:
-        builder.load()
+        with _alone_in(_build_folder(builder.name)):
+            builder.load()
+
+
+def _build_folder(name: str) -> Path:
+    from torch.utils import cpp_extension
+
+    return Path(cpp_extension._get_build_directory(name, verbose=False))
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Inside, no other process of ours compiles there, nor was one killed that did.
+
+    torch marks a compilation by a file called `lock`, and waits for ever for one whose maker was killed. The kernel
+    takes our lock from whoever dies; a mark that is there then is another program's, or was left behind.
+    """
+    with (folder / "mpruner.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        mark = folder / "lock"
+        while (age := _age_s(mark)) is not None and age < LONGEST_COMPILATION_S:
+            time.sleep(1)
+        mark.unlink(missing_ok=True)
+        yield
+
+
+def _age_s(file: Path) -> float | None:
+    """Seconds since it was made; None if it is not there."""
+    try:
+        return time.time() - file.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def _allow_spaces_in_library_path() -> None:
@@ -53,7 +93,22 @@ def make_engine(model: torch.nn.Module, settings: Settings, parameters: Any = No
         raise UserError("the workers' device does not compute in float16: set model.dtype bfloat16 or float32")
     model.register_forward_pre_hook(_cast, with_kwargs=True)
     engine, *_ = deepspeed.initialize(model=model, config=settings, model_parameters=parameters)
+    for buffer in model.buffers():  # DeepSpeed moves those of a model with divided weights nowhere
+        buffer.data = buffer.data.to(engine.device)
     return engine
+
+
+def let_go(engine: Any) -> None:
+    """Free an engine and its model, once the caller has dropped them too.
+
+    DeepSpeed itself refers to the model of every engine of ZeRO stage 3 for ever.
+    """
+    from deepspeed.runtime.zero import parameter_offload
+
+    module = engine.module
+    engine.destroy()
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [other for other in stack if other is not module]
 
 
 def _cast(

@@ -37,7 +37,9 @@ def choose_shape(weights: int, width: int, workers: int, free: int, free_beside:
         StageFailure: nothing fits.
     """
     here = f"{_bytes(free)} are free for each worker"
-    if weights <= ROOM * free:
+    # each worker loads its replica through CPU memory
+    loads = free_beside is None or workers == 1 or weights <= ROOM * free_beside
+    if weights <= ROOM * free and loads:
         return Shape(0, False, f"a replica on each worker: the weights take {_bytes(weights)}, {here}")
     part = -(-weights // workers)
     gathered = min(weights, GATHERED_PARAMETERS * width)

@@ -1,6 +1,6 @@
 """Records to blocks of tokens, and blocks to batches with global ids."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -56,18 +56,27 @@ def make_blocks(
     """Tokenise records into at most `limit` blocks of `block_size`; reads no more records than it needs.
 
     Packed, the records run on, and the last, unfilled block is left out. Not packed, each record is cut to one block
-    and padded on the right.
+    and padded on the right. Where the tokenizer begins a text with a token of its own, each block begins with it: some
+    models, such as Gemma, are lost without.
     """
-    lists = _token_lists(records, tokenizer, separator if pack else "")
+    first = _first(tokenizer)
+    room = block_size - len(first)
+    rows = _token_rows(records, tokenizer, separator if pack else "")
     if pack:
-        made = islice(_packed(lists, block_size), limit)
+        made = islice(_packed(rows, room), limit)
     else:
-        made = islice((tokens[:block_size] for tokens in lists if len(tokens) >= 2), limit)
+        made = islice((tokens[:room] for tokens in rows if len(tokens) >= 2), limit)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    return Blocks(*padded(list(made), block_size, pad))
+    return Blocks(*padded([np.concatenate([first, tokens]) for tokens in made], block_size, pad))
 
 
-def padded(rows: list[list[int]], width: int, pad: int) -> tuple[Ints, Ints]:
+def _first(tokenizer: Any) -> Ints:
+    """The tokens before every text, of one or none."""
+    begins = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return np.array([tokenizer.bos_token_id] if begins else [], np.int32)
+
+
+def padded(rows: Sequence[list[int] | Ints], width: int, pad: int) -> tuple[Ints, Ints]:
     """Token ids [rows, width], padded on the right, and the length of each row."""
     ids = np.full((len(rows), width), pad, np.int32)
     for row, tokens in zip(ids, rows, strict=True):
@@ -75,22 +84,22 @@ def padded(rows: list[list[int]], width: int, pad: int) -> tuple[Ints, Ints]:
     return ids, np.array([len(tokens) for tokens in rows], np.int32)
 
 
-def _token_lists(records: Iterable[str], tokenizer: Any, separator: str | None) -> Iterator[list[int]]:
+def _token_rows(records: Iterable[str], tokenizer: Any, separator: str | None) -> Iterator[Ints]:
     end = [tokenizer.eos_token_id] if separator is None and tokenizer.eos_token_id is not None else []
     iterator = iter(records)
     while texts := list(islice(iterator, TOKENIZE_AT_ONCE)):
         encoded = tokenizer([text + (separator or "") for text in texts], add_special_tokens=False, verbose=False)
         for tokens in encoded["input_ids"]:
-            yield tokens + end
+            yield np.array(tokens + end, np.int32)
 
 
-def _packed(lists: Iterable[list[int]], block_size: int) -> Iterator[list[int]]:
-    buffer: list[int] = []
-    for tokens in lists:
-        buffer += tokens
-        while len(buffer) >= block_size:
-            yield buffer[:block_size]
-            buffer = buffer[block_size:]
+def _packed(rows: Iterable[Ints], block_size: int) -> Iterator[Ints]:
+    rest = np.array([], np.int32)
+    for tokens in rows:
+        run = np.concatenate([rest, tokens])
+        whole = len(run) - len(run) % block_size
+        yield from run[:whole].reshape(-1, block_size)
+        rest = run[whole:]
 
 
 def batch_rows(batch: int, batch_size: int, num_blocks: int) -> range:

@@ -2,14 +2,14 @@
 
 import gc
 import json
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mpruner_dist.checkpoints.folder import read_checkpoint
-from mpruner_dist.cluster.engine import start_deepspeed
+from mpruner_dist.cluster.engine import let_go, start_deepspeed
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config, TaskConfig
 from mpruner_dist.data.blocks import num_batches
@@ -55,15 +55,11 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
         if worker.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(worker.device)
         score = score_part(worker, engine, task, part, config.evaluate.batch_size, tell)
-        ask = partial(ask_harness, worker, engine, folder, config)
         memory = gpu_memory(worker)
         of_task: dict[str, Any] = {}
         if task.facts.of_generated:
             of_task = generated_quality(worker, engine, part, folder, config, tell)
-        if config.rounds is not None and config.rounds.task is not None:
-            of_task |= ask(config.rounds.task)
-        if spec["tasks"]:
-            of_task["tasks"] = {given.name: ask(given) for given in spec["tasks"]}
+        of_task |= of_harness(worker, engine, folder, config, spec["tasks"])
         if worker.is_first:
             checkpoint = read_checkpoint(folder)
             write_json(results / f"{label}.json", {
@@ -78,17 +74,26 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
                 **memory,
                 **of_task,
             })  # fmt: skip
-        engine.destroy()
-        del engine
+        let_go(engine)
+        del engine  # nothing else may refer to it: the next model needs its room
         gc.collect()
         worker.barrier()
         stop_if_told()  # a signal may have come during the task
 
 
-def ask_harness(worker: Worker, engine: Any, folder: Path, config: Config, task: TaskConfig) -> dict[str, Any]:
-    """What a model makes of a task of the harness."""
-    worker.log(f"task {task.name}")
-    return run_task(engine, folder, task, config.evaluate.batch_size, config.model.trust_remote_code)
+def of_harness(
+    worker: Worker, engine: Any, folder: Path, config: Config, beside: Iterable[TaskConfig]
+) -> dict[str, Any]:
+    """What a model makes of tasks of the harness: the one that rounds may go by, and others beside it."""
+
+    def ask(task: TaskConfig) -> dict[str, Any]:
+        worker.log(f"task {task.name}")
+        return run_task(engine, folder, task, config.evaluate.batch_size, config.model.trust_remote_code)
+
+    found = ask(config.rounds.task) if config.rounds is not None and config.rounds.task is not None else {}
+    if tasks := {task.name: ask(task) for task in beside}:
+        found["tasks"] = tasks
+    return found
 
 
 def gpu_memory(worker: Worker) -> dict[str, int]:

@@ -39,6 +39,8 @@ def run_task(engine: Any, folder: Path, task: TaskConfig, batch_size: int, trust
     if task.name not in manager.all_tasks:
         where = "" if task.folder is None else f" nor {task.folder}"
         raise UserError(f"neither the lm-evaluation-harness{where} has a task {task.name!r}: check its name")
+    if task.name in manager.all_tags:
+        raise UserError(f"{task.name} is a tag that several tasks of the harness have: name the tasks themselves")
     model = HFLM(
         pretrained=engine.module,
         tokenizer=load_tokenizer(folder, trust_remote_code),
@@ -71,6 +73,8 @@ def read_value(found: Any, task: TaskConfig) -> dict[str, Any]:
     }
     asked = task.metric or next(iter(values), "").partition(",")[0]
     keys = [key for key in values if asked in (key, key.partition(",")[0])]
+    if not values:
+        raise UserError(f"the task {task.name} reports no value of its own: name the tasks that it is made of")
     if len(keys) != 1:
         trouble = f"reports {asked} behind several filters" if keys else f"has no metric {asked!r}"
         raise UserError(f"the task {task.name} {trouble}: set its metric to one of {_names(values)}")

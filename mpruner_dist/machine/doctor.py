@@ -18,6 +18,7 @@ from mpruner_dist.cluster.session import RaySession
 from mpruner_dist.config import ClusterConfig
 from mpruner_dist.errors import MPrunerError, StageFailure, UserError
 from mpruner_dist.machine.jobs import MEGABYTES, all_reduce_job, train_job
+from mpruner_dist.runs.folder import TRIAL
 
 PATIENCE_S = 60
 """A collective that takes longer hangs: the workers cannot reach each other."""
@@ -48,7 +49,7 @@ def diagnose(config: ClusterConfig, run_dir: Path | None) -> Iterator[Check]:
         UserError: the folder cannot be made or written to.
     """
     parent = run_dir.absolute() if run_dir else Path(tempfile.gettempdir())
-    work = parent / f".doctor-{secrets.token_hex(4)}"
+    work = parent / f"{TRIAL}{secrets.token_hex(4)}"
     logs = work / "logs"
     try:
         logs.mkdir(parents=True)

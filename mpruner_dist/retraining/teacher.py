@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
+from mpruner_dist.cluster.engine import let_go
 from mpruner_dist.cluster.settings import Settings, inference_settings, zero_stage
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config, DistillationConfig
@@ -82,7 +83,7 @@ def make_teacher(worker: Worker, settings: Settings, config: Config, spec: dict[
     if missing:
         teacher = LiveTeacher(load(), distillation, [])
         write_likely_words(worker, teacher, task_of(config.model), blocks, words, missing, retrain.micro_batch_size)
-        teacher.engine.destroy()
+        let_go(teacher.engine)
         del teacher
         gc.collect()
         if worker.device.type == "cuda":

@@ -21,6 +21,8 @@ from mpruner_dist.runs.commit import disk_errors, write_bytes, write_json, write
 log = logging.getLogger(__name__)
 
 MANIFEST_VERSION = 1
+TRIAL = ".doctor-"
+"""Begins the name of the folder that `mpruner doctor` tries things in, and leaves if one failed."""
 Inputs = dict[str, Any]
 
 
@@ -172,7 +174,8 @@ def begin_run(path: Path) -> IO[str]:
     """
     if path.exists() and not path.is_dir():
         raise UserError(f"the run folder {path} is a file: give another --run-dir")
-    if path.is_dir() and any(path.iterdir()) and not (path / ".lock").exists():
+    others = [file for file in path.iterdir() if not file.name.startswith(TRIAL)] if path.is_dir() else []
+    if others and not (path / ".lock").exists():
         raise UserError(f"the run folder {path} is not empty and no run's: give another --run-dir")
     with disk_errors(path):
         (path / "logs").mkdir(parents=True, exist_ok=True)

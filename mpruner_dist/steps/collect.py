@@ -28,6 +28,7 @@ def collect(road: Road) -> Step:
         from mpruner_dist.data.parts import load_part
         from mpruner_dist.models.loading import read_config
         from mpruner_dist.models.naming import layer_names
+        from mpruner_dist.models.positions import require_positions
         from mpruner_dist.retraining.targets import require_targets
         from mpruner_dist.similarity.collect import collect_job, require_pairs, require_samples
         from mpruner_dist.similarity.stage import is_settled, write_cka
@@ -38,6 +39,7 @@ def collect(road: Road) -> Step:
         require_samples(load_part(road.blocks("calibration")), road.config.collect)
         names = layer_names(road.checkpoint.tensors, model_config, remote_code)
         require_pairs(names)
+        require_positions(model_config, road.config)
         layers = [layer for of_stack in names.values() for layer in of_stack]
         stacks = {stack: len(of_stack) for stack, of_stack in names.items()} if len(names) > 1 else None
         decisions = _decisions(road.config, stacks) if "settled" in inputs else None
