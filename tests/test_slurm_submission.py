@@ -1,8 +1,11 @@
 """What is handed to Slurm, and what is refused before."""
 
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +117,20 @@ def test_settings_may_stand_before_the_configuration(tmp_path: Path) -> None:
 def test_the_configuration_does_not_lead_to_another_ray() -> None:
     command, _ = allocation.command_line(["c.yaml", "--set", "cluster.address=10.0.0.1:6379"], None)
     assert command[-2:] == ["--set", "cluster.address=null"]
+
+
+def test_what_does_not_stop_before_the_time_limit_is_killed_and_queued_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    deaf = "import signal, time; signal.signal(signal.SIGUSR2, signal.SIG_IGN); time.sleep(60)"
+    nodes = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + allocation.LAST_S + 3))
+        begun, signals = time.monotonic(), allocation._Signals()
+        threading.Timer(1, signals, (signal.SIGUSR2, None)).start()
+        code = allocation._run_command([sys.executable, "-c", deaf], dict(os.environ), signals, nodes)
+        assert (code, time.monotonic() - begun < 20) == (75, True)
+    finally:
+        nodes.kill()
+        nodes.wait()
 
 
 def test_a_program_that_is_not_there_is_said(tmp_path: Path) -> None:

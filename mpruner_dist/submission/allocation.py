@@ -30,6 +30,8 @@ log = logging.getLogger("mpruner_dist.submission")  # __name__ is __main__ here
 Process = subprocess.Popen[bytes]
 GRACE_S = 60
 """Seconds that a process has to end after it was asked."""
+LAST_S = 45
+"""Seconds before the time limit in which Ray ends on all nodes and the job goes back into the queue."""
 MAX_LOST = 5
 """A job is put back into the queue so often because its Ray ended under the command."""
 
@@ -180,6 +182,8 @@ def _wait_for_nodes(
 def _run_command(command: list[str], environment: dict[str, str], signals: _Signals, nodes: Process) -> int:
     """Run it to its end; its exit code. A signal is handed on: it saves, and exits with 75.
 
+    What cannot save in time is killed, and goes on from what was saved before: Slurm would end the job for good.
+
     Raises:
         HeadLost: Ray ended under it.
     """
@@ -187,6 +191,7 @@ def _run_command(command: list[str], environment: dict[str, str], signals: _Sign
         log.info("stopped by %s before the command began", signals.received)
         return Preempted.exit_code
     log.info("%s", shlex.join(command))
+    ends = float(os.environ.get("SLURM_JOB_END_TIME", "inf"))
     process, told = subprocess.Popen(command, env=environment), False
     while process.poll() is None:
         if nodes.poll() is not None:
@@ -195,6 +200,11 @@ def _run_command(command: list[str], environment: dict[str, str], signals: _Sign
         if signals.received and not told:
             process.send_signal(signal.SIGUSR2)
             told = True
+        if told and time.time() > ends - LAST_S:
+            log.warning("the command has not stopped %d s before the time limit, and is killed", LAST_S)
+            process.kill()
+            process.wait()
+            return Preempted.exit_code
         time.sleep(0.5)
     if told and process.returncode == -signal.SIGUSR2:  # it had not begun to listen
         return Preempted.exit_code
