@@ -10,7 +10,7 @@ from conftest import make_idle_layers, write_config
 from mpruner_dist.config import Config, TaskConfig
 from mpruner_dist.errors import UserError
 from mpruner_dist.evaluation.extras import require_extras
-from mpruner_dist.evaluation.tasks import read_value
+from mpruner_dist.evaluation.tasks import read_value, run_task
 from mpruner_dist.pipeline import run
 from mpruner_dist.rewriting.proof import verify_checkpoint
 
@@ -29,6 +29,12 @@ def test_values_of_a_task() -> None:
     assert read_value(harness_results(acc=0.5, bits=2.0), other)["task_less_is_better"] is True
     with pytest.raises(UserError, match=r"no metric 'f1': set its metric to one of acc, bits"):
         read_value(harness_results(acc=0.5, bits=2.0), task.model_copy(update={"metric": "f1"}))
+
+
+def test_a_tag_of_the_harness_is_no_task(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    with pytest.raises(UserError, match="glue is a tag that several tasks of the harness have"):
+        run_task(None, tmp_path, TaskConfig(name="glue"), 1, trust_remote_code=False)
 
 
 def test_a_metric_behind_several_filters_must_be_named_with_one() -> None:

@@ -7,7 +7,7 @@ import fcntl
 import shlex
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,8 @@ def _alone_in(folder: Path) -> Iterator[None]:
     takes our lock from whoever dies; a mark that is there then is another program's, or was left behind.
     """
     with (folder / "mpruner.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(OSError):  # a file system without locks, such as Lustre's default
+            fcntl.flock(file, fcntl.LOCK_EX)
         mark = folder / "lock"
         while (age := _age_s(mark)) is not None and age < LONGEST_COMPILATION_S:
             time.sleep(1)
