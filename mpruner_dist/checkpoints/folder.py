@@ -61,7 +61,7 @@ def read_checkpoint(path: Path) -> CheckpointFolder:
     config_path = path / "config.json"
     if not config_path.is_file():
         raise UserError(f"{path} holds no config.json: it is no Hugging Face model folder")
-    config = with_floats(read_json(config_path))
+    config = read_config_json(config_path)
     index_path = path / INDEX_NAME
     if not index_path.is_file():
         if not (path / SINGLE_NAME).is_file():
@@ -105,17 +105,26 @@ def _check_index(index_path: Path, weight_map: dict[str, str], shards: dict[str,
         )
 
 
-def with_floats(content: Any) -> Any:
-    """A configuration as transformers 5 writes it, with its infinite numbers: {"__float__": "Infinity"} is one."""
+def read_config_json(path: Path) -> dict[str, Any]:
+    """A model's config.json, with the infinite numbers that transformers 5 writes as {"__float__": "Infinity"}.
+
+    Raises:
+        UserError: unreadable, or something else.
+    """
+    config: dict[str, Any] = _with_floats(read_json(path))
+    return config
+
+
+def _with_floats(content: Any) -> Any:
     if isinstance(content, dict) and content.keys() == {FLOAT_TAG}:
         return float(content[FLOAT_TAG])
     if isinstance(content, dict):
-        return {key: with_floats(value) for key, value in content.items()}
-    return [with_floats(value) for value in content] if isinstance(content, list) else content
+        return {key: _with_floats(value) for key, value in content.items()}
+    return [_with_floats(value) for value in content] if isinstance(content, list) else content
 
 
 def with_tagged_floats(content: Any) -> Any:
-    """The other way round: JSON has no infinite numbers."""
+    """A configuration as `read_config_json` reads it back: JSON has no infinite numbers."""
     if isinstance(content, float) and not math.isfinite(content):
         return {FLOAT_TAG: {math.inf: "Infinity", -math.inf: "-Infinity"}.get(content, "NaN")}
     if isinstance(content, dict):

@@ -7,9 +7,8 @@ from mpruner_dist.checkpoints.folder import (
     INDEX_NAME,
     SINGLE_NAME,
     read_checkpoint,
-    read_json,
+    read_config_json,
     shard_names,
-    with_floats,
 )
 from mpruner_dist.checkpoints.stored import StoredCheckpoint, StoredTensor, stored_safetensors
 from mpruner_dist.checkpoints.torch_files import named_tensors, read_torch_file
@@ -38,7 +37,7 @@ def open_checkpoint(path: Path, config_folder: Path | None = None) -> StoredChec
     companions = config_folder or path
     if not (companions / "config.json").is_file():
         raise UserError(f"{companions} holds no config.json: say where it lies with --config, a Hugging Face folder")
-    config = with_floats(read_json(companions / "config.json"))
+    config = read_config_json(companions / "config.json")
     if (path / BIN_INDEX).is_file() or (path / BIN_SINGLE).is_file():
         return StoredCheckpoint(path, companions, config, _bin_files(path), {"format": "pt"})
     step = step_folder(path)

@@ -112,8 +112,11 @@ def inference_settings(given: Settings, stage: int, dtype: str, *, offload: bool
     required = {"train_micro_batch_size_per_gpu": 1, **dtype_settings(dtype)}
     given = {key: value for key, value in given.items() if key not in OF_TRAINING}
     if isinstance(partition := given.get("zero_optimization"), dict):  # "auto": as DeepSpeed has it by itself
-        asked = {key: value for key, value in partition.items() if key == "stage" or value != "auto"}
-        given["zero_optimization"] = {key: value for key, value in asked.items() if key != "offload_optimizer"}
+        given["zero_optimization"] = {
+            key: value
+            for key, value in partition.items()
+            if key == "stage" or (key != "offload_optimizer" and value != "auto")
+        }
     zero: Settings = {"stage": stage}
     if offload:
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
