@@ -78,7 +78,7 @@ def test_brackets_in_names_are_no_markup(
 def make_classifier(folder: Path) -> None:
     """A BERT for two classes, and the records of `text.jsonl` with labels."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 6}
-    config = transformers.BertConfig(vocab_size=128, max_position_embeddings=64, num_labels=2, **sizes)
+    config = transformers.BertConfig(vocab_size=128, max_position_embeddings=128, num_labels=2, **sizes)
     transformers.BertForSequenceClassification(config).save_pretrained(folder / "model")
     make_tokenizer(folder / "model")
     records = [json.loads(line) for line in (folder / "text.jsonl").read_text().splitlines()]
