@@ -1,6 +1,5 @@
 """The command line. Imports neither torch nor ray nor transformers before a command needs them."""
 
-import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -187,8 +186,4 @@ def main() -> None:
         app()
     except MPrunerError as error:
         typer.echo(f"mpruner: {error}", err=True)
-        logging.getLogger(__name__).debug("", exc_info=error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("mpruner: interrupted; the same command goes on where it was", err=True)
-        sys.exit(130)

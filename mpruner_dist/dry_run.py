@@ -10,7 +10,7 @@ import torch
 from mpruner_dist.checkpoints.folder import CheckpointFolder, read_checkpoint
 from mpruner_dist.checkpoints.naming import layer_parameters
 from mpruner_dist.checkpoints.source import resolve_source
-from mpruner_dist.cluster.settings import Settings, inference_settings, read_deepspeed_config, zero_stage
+from mpruner_dist.cluster.settings import Settings, given_stage, inference_settings, read_deepspeed_config, zero_stage
 from mpruner_dist.config import Config
 from mpruner_dist.config.plan import JUDGED
 from mpruner_dist.config.task import FACTS
@@ -67,7 +67,7 @@ def describe(config: Config) -> Rows:
             }
     require_samples(parts["calibration"], config.collect)
     given = read_deepspeed_config(config.cluster.deepspeed)
-    chosen = given.get("zero_optimization", {}).get("stage", config.cluster.zero_stage)
+    chosen = given_stage(given, config.cluster.zero_stage)
     # the workers choose by their own memory; what a replica would take is the most that it can be
     inference = inference_settings(given, 0 if chosen == "auto" else chosen, config.model.dtype)
     stage = "auto: 0 if the weights fit in a worker's free memory, else 3" if chosen == "auto" else str(chosen)

@@ -29,6 +29,12 @@ class Fruitless(StageFailure):
     """
 
 
+class Interrupted(MPrunerError):
+    """Stopped from the keyboard: the same command goes on."""
+
+    exit_code = 130
+
+
 class Preempted(MPrunerError):
     """Told to stop, by SIGTERM or SIGUSR2, with the work saved: the same command goes on."""
 

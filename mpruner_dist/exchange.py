@@ -36,11 +36,16 @@ def _from_mergekit(path: Path, content: dict[str, Any]) -> list[int]:
     try:
         sources = [source for part in content["slices"] for source in part["sources"]]
         models = {source["model"] for source in sources}
-        ranges = [(int(begin), int(end)) for begin, end in (source["layer_range"] for source in sources)]
+        ranges = [(begin, end) for begin, end in (source["layer_range"] for source in sources)]
         single = all(len(part["sources"]) == 1 for part in content["slices"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no mergekit configuration with slices: {error}") from error
+    for pair in ranges:
+        if not all(type(layer) is int for layer in pair) or pair[0] >= pair[1]:
+            raise UserError(f"{path}: layer_range {list(pair)} is none: [first, behind the last], both whole numbers")
     extra = [key for source in sources for key in source if key not in ("model", "layer_range")]
+    extra += [key for part in content["slices"] for key in part if key != "sources"]
+    extra += [key for key in content if key == "parameters"]
     if content.get("merge_method") != "passthrough" or len(models) != 1 or not single or extra:
         raise UserError(f"{path} does more than leave layers of one model out: passthrough without parameters is read")
     kept = [layer for begin, end in ranges for layer in range(begin, end)]

@@ -1,6 +1,7 @@
 """Small real models and texts, made on the spot; and command lines that never outlive their test."""
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -12,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
+import hypothesis
 import pytest
 import torch
 import transformers
@@ -22,6 +25,9 @@ from mpruner_dist import cli
 from mpruner_dist.cluster.engine import start_deepspeed
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# examples run torch on machines that do other things too: how long one takes says nothing
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 # in the background of a shell it is ignored, and in all that is started from there too
 signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).parent.parent
@@ -113,6 +119,27 @@ def _one_rank(rank: int, count: int, port: int, job: Callable[..., None], argume
     torch.distributed.destroy_process_group()
     sys.stdout.flush()
     os._exit(0)  # threads of torch and DeepSpeed that still run may abort a process whose interpreter ends
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_datasets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Not the user's own, where what these tests read would stay."""
+    folder = tmp_path_factory.mktemp("datasets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(folder))  # of processes that a test starts
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder))
+        yield
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_before() -> Iterator[None]:
+    """A command in this process takes our records from where caplog finds them."""
+    logger = logging.getLogger("mpruner_dist")
+    before = logger.handlers, logger.level, logger.propagate
+    yield
+    logger.handlers, logger.propagate = before[0], before[2]
+    logger.setLevel(before[1])
 
 
 @pytest.fixture(scope="session")

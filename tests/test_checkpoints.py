@@ -270,7 +270,6 @@ TRANSITIONS = {
 def test_training_goes_on_from_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """With as many ranks exactly as if nothing had happened; with others, or another ZeRO stage, but for rounding."""
     caplog.set_level(logging.INFO)
-    logging.getLogger("mpruner_dist").propagate = True
     make_model("llama", tmp_path / "model", intermediate_size=57, tie_word_embeddings=True)  # 57 does not divide evenly
     on_ranks(2, begin, tmp_path)
     unbroken = {}

@@ -67,7 +67,7 @@ def test_the_threshold_itself_is_similar_enough() -> None:
     assert anchor_clusters(np.ones((1, 1)), 0.5) == [[0]]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.integers(0, 2**31), st.integers(1, 12), st.floats(0, 1))
 def test_anchor_clusters_are_consecutive_alike_and_as_long_as_they_can_be(
     seed: int, depth: int, threshold: float
@@ -96,7 +96,7 @@ def test_protected_layers_stay_whatever_the_stride() -> None:
     assert removed_by_stride(clusters, 2, {1}) == [3, 5]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.data(), st.integers(0, 2**31), st.integers(1, 9))
 def test_best_partition_is_the_best_of_all(data: st.DataObject, seed: int, depth: int) -> None:
     cka = random_cka(seed, depth)

@@ -8,6 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from mpruner_dist.config import Config
+from mpruner_dist.config.base import Section
 from mpruner_dist.config_file import load_config
 from mpruner_dist.errors import UserError
 
@@ -20,7 +21,7 @@ def minimal() -> dict[str, Any]:
 
 
 def full() -> dict[str, Any]:
-    """Every section, and no value left at its default."""
+    """Every section but rounds."""
     text = "corpus"
     return {
         "model": {
@@ -58,6 +59,43 @@ def full() -> dict[str, Any]:
             "address": "ray://host:10001", "max_restarts": 0,
         },
     }  # fmt: skip
+
+
+def data(**of_all: Any) -> dict[str, Any]:
+    """The four parts, of one source."""
+    cuts = {"calibration": [0.0, 0.1], "train": [0.1, 0.7], "validation": [0.7, 0.8], "test": [0.8, 1.0]}
+    return {part: {"path": "corpus", "take": take, **of_all} for part, take in cuts.items()}
+
+
+TASK = {"name": "mine", "metric": "acc", "folder": "tasks", "fewshot": 2, "limit": 9}
+EVERY = {
+    "minimal": minimal(),
+    "full": full(),
+    "speech": {
+        "model": {"path": "m", "task": "automatic-speech-recognition"},
+        "data": data(audio_field="sound", target_field="said") | {"language": "english", "target_size": 9},
+    },
+    "images": {
+        "model": {"path": "m", "task": "image-classification"},
+        "data": data(image_field="picture", label_field="kind"),
+        "collect": {"unit": "image"},
+        "plan": {"keep": "last", "preserve_pattern": True},
+    },
+    "rounds": {
+        "model": {"path": "m"},
+        "data": data(),
+        "plan": {"method": "greedy", "keep_layers": 4, "judge_blocks": 7},
+        "retrain": {"keep_checkpoints": 1, "distillation": {"top_k": 5, "cache": True}},
+        "rounds": {"tolerance": 0.1, "metric": "task", "task": TASK, "remove": 2, "max_rounds": 3, "max_stride": 2},
+        "evaluate": {"tasks": [TASK]},
+    },
+    "search": {
+        "model": {"path": "m"},
+        "data": data(),
+        "plan": {"method": "search", "passes": 9, "seed": 3, "target_parameters": 10},
+    },
+    "file": {"model": {"path": "m"}, "data": data(), "plan": {"method": "file", "file": "plan.json"}},
+}  # fmt: skip
 
 
 def load(folder: Path, content: Any, *overrides: str) -> Config:
@@ -265,7 +303,7 @@ def test_a_key_that_is_no_text_is_refused(tmp_path: Path) -> None:
     assert "mistake" in refusal(tmp_path, minimal() | {1: 2})
 
 
-@pytest.mark.parametrize("content", [minimal(), full()], ids=["minimal", "full"])
+@pytest.mark.parametrize("content", EVERY.values(), ids=EVERY)
 def test_to_yaml_is_the_same_configuration(tmp_path: Path, content: dict[str, Any]) -> None:
     config = load(tmp_path, content)
     text = config.to_yaml()
@@ -276,13 +314,22 @@ def test_to_yaml_is_the_same_configuration(tmp_path: Path, content: dict[str, An
     assert written["collect"].keys() == type(config.collect).model_fields.keys()  # defaults included
 
 
-def test_a_full_configuration_says_something_of_every_field(tmp_path: Path) -> None:
+def said(section: Section) -> set[tuple[type, str]]:
+    """The fields of a section, and of those in it, that are not at their defaults."""
+    found = set()
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if value != field.get_default():
+            found.add((type(section), name))
+        for inner in value if isinstance(value, tuple) else (value,):
+            found |= said(inner) if isinstance(inner, Section) else set()
+    return found
+
+
+def test_together_they_say_something_of_every_field(tmp_path: Path) -> None:
     """So that the round trip above would notice a field that is not written."""
-    plain = load(tmp_path, minimal())
-    config = load(tmp_path, full())
-    for section in ("model", "collect", "evaluate", "cluster"):
-        for name in type(getattr(plain, section)).model_fields.keys() - {"tasks"}:  # of causal-lm alone
-            assert getattr(getattr(config, section), name) != getattr(getattr(plain, section), name), name
+    fields = {(kind, name) for kind in Section.__subclasses__() for name in kind.model_fields}
+    assert fields - set.union(*(said(load(tmp_path, content)) for content in EVERY.values())) == set()
 
 
 def test_a_configuration_does_not_change(tmp_path: Path) -> None:

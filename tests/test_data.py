@@ -47,8 +47,7 @@ TOKENIZER = word_tokenizer()
 
 
 @pytest.fixture(autouse=True)
-def _cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def _bars_as_before() -> Iterator[None]:
     yield
     datasets.enable_progress_bars()
 
@@ -65,7 +64,7 @@ def blocks_of(records: list[list[int]], size: int, pack: bool, **changes: Any) -
 RECORDS = st.lists(st.lists(st.integers(0, 49), min_size=1, max_size=12), max_size=12)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(RECORDS, st.integers(2, 9))
 def test_packing_loses_no_token_but_the_tail(records: list[list[int]], size: int) -> None:
     stream = [token for record in records for token in [*(number + FIRST_WORD for number in record), END]]
@@ -79,7 +78,7 @@ def test_packing_loses_no_token_but_the_tail(records: list[list[int]], size: int
     assert running.ids.flatten().tolist() == plain[: len(plain) // size * size]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(RECORDS, st.integers(2, 9))
 def test_unpacked_records_have_blocks_of_their_own(records: list[list[int]], size: int) -> None:
     blocks = blocks_of(records, size, pack=False)
@@ -118,7 +117,7 @@ def test_the_limit_holds_and_no_more_records_are_read_than_needed() -> None:
         assert read <= 256
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 7), st.data())
 def test_every_batch_is_done_once_in_equally_many_turns(
     num_blocks: int, batch_size: int, world_size: int, data: st.DataObject
@@ -198,6 +197,14 @@ def test_a_split_of_a_saved_set_is_taken(tmp_path: Path) -> None:
     assert taken(path=path, split="test") == TEXTS[:1]
     with pytest.raises(UserError, match=r"cannot read text from .*split nosuch"):
         open_source(SourceConfig(path=path, split="nosuch"))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "saved with splits"])
+def test_what_has_no_splits_gives_none(tmp_path: Path, kind: str) -> None:
+    """Else a test part that asks for split test would get all that was trained on."""
+    path = write_texts(tmp_path, kind)
+    with pytest.raises(UserError, match="has one split, called train: leave split test out"):
+        open_source(SourceConfig(path=str(path), split="test"))
 
 
 def test_ranges_are_disjoint_and_leave_nothing_out(tmp_path: Path) -> None:
@@ -282,13 +289,10 @@ def test_parts_are_written_with_their_counts(tmp_path: Path) -> None:
         assert set(entry["records_also_in"].values()) <= {0}
 
 
-def test_records_in_two_parts_are_counted_and_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_records_in_two_parts_are_counted_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     shared, own = [text_of([n, 1, 2]) for n in range(3)], [text_of([n, 3, 4]) for n in range(40)]
     other = write_texts(tmp_path, "parquet", own[:20] + shared)
     mine = write_texts(tmp_path, "json", own[20:] + [f" {text}\n" for text in shared])
-    monkeypatch.setattr(logging.getLogger("mpruner_dist"), "propagate", True)
     with caplog.at_level(logging.WARNING, "mpruner_dist"):
         config = config_for(tmp_path, validation={"path": str(other)}, test={"path": str(mine)})
         prepare(config, tmp_path / "model", tmp_path / "data")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from conftest import ROOT
 from mpruner_dist.cluster.settings import (
     dtype_settings,
     fill_in,
+    given_stage,
     inference_settings,
     read_deepspeed_config,
     zero_stage,
@@ -85,6 +87,37 @@ def test_a_section_that_must_be_a_table_and_is_not_is_answered_or_refused_by_nam
     else:
         with pytest.raises(UserError, match="bf16"):
             training({"bf16": value})
+
+
+def test_null_is_as_if_it_were_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"optimizer": null, "scheduler": null, "zero_optimization": null, "gradient_clipping": null}')
+    assert read_deepspeed_config(path) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"scheduler": "WarmupLR"}, 'scheduler must be a table of settings, or "auto"'),
+        ({"optimizer": "Adam"}, "optimizer must be a table"),
+        ({"zero_optimization": 3}, "zero_optimization must be a table"),
+        ({"zero_optimization": {"stage": "3"}}, "zero_optimization.stage '3' must be 0, 1, 2, 3 or"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage 4 must be"),
+        ({"scheduler": {"params": {}}}, 'scheduler has no type: name it, such as "WarmupCosineLR"'),
+        ({"optimizer": {"params": {"lr": 1}}}, 'optimizer has no type: name it, such as "AdamW"'),
+    ],
+)
+def test_a_section_of_the_wrong_form_is_refused_by_name(tmp_path: Path, content: Any, message: str) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_deepspeed_config(tmp_path / "ds.json")
+
+
+def test_the_stage_that_is_asked_for() -> None:
+    assert given_stage({"zero_optimization": "auto"}, 3) == 3
+    assert given_stage({"zero_optimization": {"offload_param": {}}}, "auto") == "auto"
+    assert given_stage({"zero_optimization": {"stage": 0}}, 3) == 0
+    assert zero_stage(inference_settings({"zero_optimization": "auto"}, 3, "float32")) == 3
 
 
 def test_the_users_optimizer_and_scheduler_are_kept() -> None:

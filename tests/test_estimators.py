@@ -228,7 +228,7 @@ def test_a_self_hsic_that_is_not_positive_names_its_layer() -> None:
             cka(terms)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(4, 30), st.integers(1, 12), st.integers(0, 2**31))
 def test_triangles_hold_the_whole_matrix(n: int, width: int, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
@@ -242,7 +242,7 @@ def test_triangles_hold_the_whole_matrix(n: int, width: int, seed: int) -> None:
     assert product[0, 1] == pytest.approx(float((k * other[order][:, order]).sum()), rel=1e-9, abs=1e-9)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(6, 30), st.integers(0, 2**31))
 def test_centring_is_a_projection_also_for_parts(n: int, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)

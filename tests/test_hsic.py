@@ -37,7 +37,7 @@ def three_terms(k: Tensor, other: Tensor) -> float:
     return (trace + sums - crossed) / (n * (n - 3))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(SEEDS, SIZES)
 def test_hsic_is_the_three_terms_of_song(seed: int, samples: int) -> None:
     x, y = features(seed, samples, 5, 3)
@@ -46,7 +46,7 @@ def test_hsic_is_the_three_terms_of_song(seed: int, samples: int) -> None:
     assert float(unbiased_hsic(gram(x), gram(y))) == pytest.approx(expected, abs=1e-10 * scale, rel=1e-9)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(SEEDS, SIZES)
 def test_hsic_is_the_product_of_u_centred_matrices(seed: int, samples: int) -> None:
     x, y = features(seed, samples, 4, 6)
@@ -92,7 +92,7 @@ def test_gram_of_low_precision_is_float32_and_of_float64_stays() -> None:
     assert gram(x).dtype == torch.float64
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(SEEDS, SIZES, st.floats(1e-3, 1e3), st.floats(-100, 100))
 def test_cka_does_not_change_when_features_are_turned_scaled_moved(
     seed: int, samples: int, factor: float, shift: float
@@ -104,7 +104,7 @@ def test_cka_does_not_change_when_features_are_turned_scaled_moved(
     torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-6)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(SEEDS, SIZES)
 def test_cka_does_not_change_with_the_order_of_samples_and_follows_that_of_layers(seed: int, samples: int) -> None:
     layers = features(seed, samples, 3, 4, 5)
@@ -114,7 +114,7 @@ def test_cka_does_not_change_with_the_order_of_samples_and_follows_that_of_layer
     torch.testing.assert_close(cka_matrix(layers[::-1]), before.flip(0, 1), rtol=1e-9, atol=1e-9)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(SEEDS, SIZES)
 def test_cka_is_symmetric_with_unit_diagonal(seed: int, samples: int) -> None:
     cka = cka_matrix(features(seed, samples, 3, 4, 5))

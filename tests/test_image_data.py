@@ -1,6 +1,7 @@
 """Images with classes: what the model is given is what lies in the files."""
 
 import json
+import zlib
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -165,6 +166,13 @@ def test_images_that_cannot_be_read_are_refused_by_name(tmp_path: Path) -> None:
     Image.fromarray(some_images(1)[0][0]).save(dark / "0.png")
     (light / "0.png").write_bytes((dark / "0.png").read_bytes()[:40])
     source = SourceConfig(path=str(tmp_path / "files"), label_field="label")
+    with pytest.raises(UserError, match=r"image of record 1 of .*files cannot be read: .*, in .*light/0\.png"):
+        list(open_images(source, CLASSES)[0])
+    whole = (dark / "0.png").read_bytes()
+    behind_header = 8 + 25
+    exif = b"eXIf" + b"no such header"
+    chunk = (len(exif) - 4).to_bytes(4, "big") + exif + zlib.crc32(exif).to_bytes(4, "big")
+    (light / "0.png").write_bytes(whole[:behind_header] + chunk + whole[behind_header:])
     with pytest.raises(UserError, match=r"image of record 1 of .*files cannot be read: .*, in .*light/0\.png"):
         list(open_images(source, CLASSES)[0])
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})

@@ -133,10 +133,10 @@ def test_a_block_that_is_skipped_is_not_computed_where_that_can_be(tmp_path: Pat
 
 
 @pytest.mark.ray
-def test_a_search_on_two_workers_makes_the_plan_of_one(
+def test_a_search_on_two_workers_is_begun_again_from_its_file_by_one(
     settings: dict[str, Any], mpruner: Any, tmp_path: Path, tiny: Path
 ) -> None:
-    """Layers 3 and 5 do nothing, and the search, which must find that out from losses, is begun again from its file."""
+    """Layers 3 and 5 do nothing, which the search must find out from losses."""
     make_idle_layers(tmp_path / "model", [3, 5], share=0.0)
     settings["model"]["path"] = str(tmp_path / "model")
     settings["plan"] = {"method": "search", "keep_layers": 5, "passes": 20, "judge_blocks": 12}

@@ -131,9 +131,6 @@ def test_parts_hold_ids_lengths_and_classes(tmp_path: Path, caplog: pytest.LogCa
         "collect": {"num_batches": 2, "batch_size": 5},
     })  # fmt: skip
     with caplog.at_level("WARNING"):
-        import logging
-
-        logging.getLogger("mpruner_dist").propagate = True
         prepare_data(config, tmp_path / "model", tmp_path / "data", tmp_path / "progress.json")
     assert "data.test has nothing of the class 'glad'" in caplog.text
     parts = json.loads((tmp_path / "data/data.json").read_text())["parts"]

@@ -107,7 +107,6 @@ time.sleep(600)
 @pytest.mark.ray
 def test_a_busy_cluster(cluster: Cluster, second: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Another job has one of two CPUs: fewer workers do, or none fit; when it ends, those that wait go on."""
-    logging.getLogger("mpruner_dist").propagate = True
     caplog.set_level(logging.INFO)
     for name in ("logs", "few", "all"):
         (tmp_path / name).mkdir()

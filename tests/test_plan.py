@@ -26,7 +26,7 @@ def test_a_plan_written_by_hand_needs_two_entries(tmp_path: Path) -> None:
     assert plan.clusters == []
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data(), st.integers(1, 40))
 def test_a_plan_survives_being_written_and_read(tmp_path_factory: Any, data: st.DataObject, depth: int) -> None:
     kept = sorted(data.draw(st.sets(st.integers(0, depth - 1), min_size=1)))
@@ -91,7 +91,7 @@ def test_a_plan_does_not_change() -> None:
         plan.num_layers = 4  # type: ignore[misc]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.sets(st.integers(0, 200), min_size=1))
 def test_ranges_survive_being_written_and_read(layers: set[int]) -> None:
     text = format_layers(sorted(layers))
@@ -127,7 +127,7 @@ def test_backward_ranges_and_repeated_layers_are_refused() -> None:
         parse_layers("0-5,5")
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.text(st.sampled_from("0123456789-, x²٣"), max_size=7))
 def test_any_text_is_layers_or_the_users_mistake(text: str) -> None:
     try:

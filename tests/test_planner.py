@@ -54,7 +54,7 @@ def test_a_plain_list_is_a_matrix() -> None:
     )
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(st.data(), st.integers(2, 9), st.integers(0, 2**31))
 def test_a_budget_of_layers_is_met_and_protection_holds(data: st.DataObject, depth: int, seed: int) -> None:
     half = np.random.default_rng(seed).uniform(0, 1, (depth, depth))

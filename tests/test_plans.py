@@ -60,7 +60,7 @@ def some_losses(depth: int, seed: int = 0, asked: list[tuple[Kept, int]] | None 
     return Losses(judge, TOKENS, depth)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 10_000), st.integers(1, 9), st.floats(0.2, 0.9))
 def test_chains_break_just_where_neighbours_differ(seed: int, depth: int, threshold: float) -> None:
     cka = random_cka(seed, depth)
@@ -71,7 +71,7 @@ def test_chains_break_just_where_neighbours_differ(seed: int, depth: int, thresh
         assert (layer in begins) == (cka[layer - 1, layer] < threshold)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 10_000), st.integers(1, 9), st.floats(0.2, 0.9))
 def test_in_a_complete_cluster_all_are_alike_and_no_two_could_be_one(seed: int, depth: int, threshold: float) -> None:
     cka = random_cka(seed, depth)
@@ -100,7 +100,7 @@ def test_who_stands_for_a_cluster() -> None:
     assert representative_first([1, 2, 3], cka, "medoid") == [2, 1, 3]
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(st.data(), st.sampled_from(sorted(CLUSTERINGS)), st.sampled_from(["first", "last", "medoid"]))
 def test_clusters_meet_a_budget_at_the_highest_threshold(data: st.DataObject, method: str, keep: Any) -> None:
     depth, seed = data.draw(st.integers(4, 8)), data.draw(st.integers(0, 10_000))
@@ -180,7 +180,7 @@ def test_the_last_and_the_drawn() -> None:
                 for seed in range(9)}) > 1  # fmt: skip
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     st.data(),
     st.sampled_from(["anchor", "chain", "complete", "partition", "influence", "last", "random", "greedy"]),

@@ -111,7 +111,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.dictionaries(st.text(max_size=3), JSON, min_size=1, max_size=4), JSON)
 def test_digests_follow_content_not_the_order_of_keys(content: dict[str, Any], other: Any) -> None:
     assert digest(dict(reversed(content.items()))) == digest(content)

@@ -40,7 +40,7 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
     return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(LAYOUTS, METADATA)
 def test_what_the_library_writes_is_read(
     tmp_path_factory: Any, layout: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]
@@ -58,7 +58,7 @@ def test_what_the_library_writes_is_read(
         assert info.num_bytes == tensors[name].nbytes
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(LAYOUTS, METADATA)
 def test_what_is_written_the_library_reads(
     tmp_path_factory: Any, layout: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]

@@ -73,7 +73,7 @@ def worker(folder: Path) -> Worker:
     return Worker(0, 1, 0, 1, "cpu", folder, "evaluate")
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(2, TOKENS), min_size=1, max_size=5), st.integers(0, 1000))
 def test_token_nll_is_a_loop_over_the_text(lengths: list[int], seed: int) -> None:
     blocks = some_blocks(lengths, seed)
@@ -270,7 +270,7 @@ def test_losses_are_mixed_by_their_shares() -> None:
     assert float(few) == pytest.approx(float(likely_words_loss(student, likely, TARGETS, 2.0)), rel=1e-6)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 2**31), st.integers(1, 4))
 def test_every_epoch_is_a_permutation_of_its_own(num_blocks: int, batch_size: int, seed: int, epochs: int) -> None:
     order = DataOrder(num_blocks, batch_size, seed)
@@ -288,7 +288,7 @@ def test_epochs_and_seeds_differ() -> None:
     assert all(one != other for one, other in itertools.combinations(rows, 2))
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(1, 40), st.integers(0, 50))
 def test_all_workers_together_see_the_batch_whatever_their_number(
     world_size: int, micro: int, accumulation: int, num_blocks: int, step: int

@@ -46,7 +46,7 @@ def removing(count: int) -> Callable[[list[int]], bool]:
     return lambda dropped: len(dropped) >= count
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 10_000), st.integers(0, 10), st.integers(4, 90))
 def test_it_keeps_to_its_passes_whatever_they_are(seed: int, remove: int, passes: int) -> None:
     losses = losses_of(costs(seed))

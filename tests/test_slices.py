@@ -26,7 +26,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torc
     return path, tensors, read_header(path).tensors
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data(), st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.integers(1, 40))
 def test_any_slice_in_any_dtype(file, data: st.DataObject, stored, wanted, chunk: int) -> None:
     path, tensors, infos = file

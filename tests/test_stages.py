@@ -48,7 +48,7 @@ METHODS = ["anchor", "chain", "complete", "partition", "influence", "last", "ran
 
 
 @pytest.mark.parametrize("method", METHODS)
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 1000), remove=st.integers(1, 6))
 def test_the_first_layer_of_a_stage_stays_and_no_cluster_leaves_its_stage(method: str, seed: int, remove: int) -> None:
     config = PlanConfig(method=method, keep_layers=12 - remove, protect_last=0)

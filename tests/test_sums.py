@@ -47,7 +47,7 @@ def test_the_order_of_plain_addition_would_show() -> None:
     assert np.asarray(plain[0]).tobytes() != np.asarray(plain[1]).tobytes()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(2, 24), st.integers(1, 6), st.integers(0, 2**31))
 def test_merging_in_any_division_and_order_gives_the_same_bits(count: int, workers: int, seed: int) -> None:
     draw = random.Random(seed)
@@ -61,7 +61,7 @@ def test_merging_in_any_division_and_order_gives_the_same_bits(count: int, worke
     assert bits(merged) == bits(sums_of(sorted(batches)))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(2, 16), st.integers(1, 4), st.integers(0, 2**31))
 def test_any_number_of_restarts_gives_the_same_bits(count: int, restarts: int, seed: int) -> None:
     draw = random.Random(seed)

@@ -18,7 +18,7 @@ from mpruner_dist.cluster.preemption import stop_on_signals
 from mpruner_dist.cluster.session import RaySession
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import ClusterConfig
-from mpruner_dist.errors import Preempted, StageFailure, UserError
+from mpruner_dist.errors import Interrupted, Preempted, StageFailure, UserError
 
 pytestmark = pytest.mark.ray
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import this file
@@ -219,7 +219,7 @@ def test_handlers_are_given_back() -> None:
     with pytest.raises(Preempted, match=r"^stopped by SIGTERM; what was saved is kept"), stop_on_signals():
         signal.raise_signal(signal.SIGTERM)  # no workers: at once
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)] == before
-    with pytest.raises(KeyboardInterrupt), stop_on_signals():
+    with pytest.raises(Interrupted, match="the same command goes on"), stop_on_signals():
         signal.raise_signal(signal.SIGINT)
 
 

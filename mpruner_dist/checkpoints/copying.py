@@ -13,7 +13,7 @@ from mpruner_dist.errors import UserError
 from mpruner_dist.runs.commit import disk_errors
 
 CHUNK_BYTES = 256 << 10  # a larger buffer is slower: it falls out of the processor's cache
-_NOT_HERE = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}
+_NOT_HERE = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
 
 
 def copy_tensors(target: Path, tensors: list[tuple[str, StoredTensor]], metadata: dict[str, str]) -> None:
@@ -58,6 +58,9 @@ def _copy(reader: int, writer: int, piece: Piece) -> None:
         except OSError as error:
             if error.errno not in _NOT_HERE or len(ways) == 1:
                 raise
+            ways.pop(0)
+            continue
+        if copied == 0 and len(ways) > 1:  # the end of the file, or a kernel that copies nothing and says no error
             ways.pop(0)
             continue
         if copied == 0:

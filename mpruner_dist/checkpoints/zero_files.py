@@ -18,6 +18,9 @@ from mpruner_dist.errors import UserError
 
 WHOLE = "mp_rank_00_model_states.pt"
 
+OF_ONE_RANK = re.compile(r"((bf16_)?zero_pp_rank_\d+_)?" + re.escape(WHOLE))
+"""Names of files where only ZeRO divided the model; those of experts end alike."""
+
 
 def step_folder(path: Path) -> Path | None:
     """The folder with the files of the latest step, or None if `path` is no DeepSpeed checkpoint."""
@@ -36,7 +39,7 @@ def zero_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         UserError: files are missing or damaged, or tensor or pipeline parallelism divided the model.
     """
-    others = [p.name for p in folder.glob("*model_states.pt") if not re.search(r"(^|_)mp_rank_00_model_states", p.name)]
+    others = [path.name for path in folder.glob("*model_states.pt") if not OF_ONE_RANK.fullmatch(path.name)]
     if others:
         raise UserError(
             f"{folder} was divided by tensor, pipeline or expert parallelism ({sorted(others)[0]}): export it whole "

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Self
 
-from mpruner_dist.errors import Preempted
+from mpruner_dist.errors import Interrupted, Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
@@ -71,6 +71,7 @@ def stop_on_signals() -> Iterator[None]:
 
     Raises:
         Preempted: a signal came.
+        Interrupted: or Ctrl-C.
     """
     before = {number: signal.getsignal(number) for number in SIGNALS}
     _driver.watches, _driver.received = True, None
@@ -79,7 +80,7 @@ def stop_on_signals() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if _driver.received is None:
-            raise
+            raise Interrupted("interrupted; what was saved is kept, and the same command goes on") from None
         raise Preempted(
             f"stopped by {_driver.received}; what was saved is kept, and the same command goes on"
         ) from None

@@ -13,12 +13,15 @@ OF_TRAINING = (
     "optimizer", "scheduler",
 )  # fmt: skip
 
+TYPES = {"optimizer": "AdamW", "scheduler": "WarmupCosineLR"}
+"""Sections that are nothing without a type, and which it is where nobody names one."""
+
 
 def read_deepspeed_config(path: Path | None) -> Settings:
-    """A user's DeepSpeed JSON; empty without one.
+    """A user's DeepSpeed JSON, without what it sets to null; empty without one.
 
     Raises:
-        UserError: unreadable, or no JSON object.
+        UserError: unreadable, or no JSON object; or a section of it is no table, or has no type where it needs one.
     """
     if path is None:
         return {}
@@ -28,6 +31,23 @@ def read_deepspeed_config(path: Path | None) -> Settings:
         raise UserError(f"cannot read the DeepSpeed configuration {path}: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"the DeepSpeed configuration {path} must hold a JSON object")
+    content = {key: value for key, value in content.items() if value is not None}
+    for key in (*TYPES, "zero_optimization"):
+        section = content.get(key, "auto")
+        if section == "auto":
+            continue
+        if not isinstance(section, dict):
+            raise UserError(f'the DeepSpeed configuration {path}: {key} must be a table of settings, or "auto"')
+        if key in TYPES and not isinstance(section.get("type"), str):
+            raise UserError(
+                f'the DeepSpeed configuration {path}: {key} has no type: name it, such as "{TYPES[key]}", or write '
+                f'"auto" for all of {key}'
+            )
+    stage = given_stage(content, "auto")
+    if stage != "auto" and stage not in range(4):
+        raise UserError(
+            f'the DeepSpeed configuration {path}: zero_optimization.stage {stage!r} must be 0, 1, 2, 3 or "auto"'
+        )
     return content
 
 
@@ -97,8 +117,14 @@ def dtype_settings(dtype: str) -> Settings:
 
 
 def zero_stage(settings: Settings) -> int:
-    """ZeRO stage that a DeepSpeed configuration asks for."""
+    """ZeRO stage of a completed DeepSpeed configuration."""
     return int(settings.get("zero_optimization", {}).get("stage", 0))
+
+
+def given_stage(given: Settings, otherwise: Any) -> Any:
+    """ZeRO stage that a user's DeepSpeed configuration asks for, or "auto"; `otherwise` if it asks for none."""
+    zero = given.get("zero_optimization")
+    return zero.get("stage", otherwise) if isinstance(zero, dict) else otherwise
 
 
 def inference_settings(given: Settings, stage: int, dtype: str, *, offload: bool = False) -> Settings:

@@ -150,7 +150,7 @@ def _labelled(
         where = f"{field} of record {row} of {source.path}"
         try:
             record = table[row]
-        except OSError as error:  # an image is decoded here
+        except (OSError, SyntaxError, ValueError) as error:  # an image is decoded here; Pillow raises all of them
             raise UserError(f"{where} cannot be read: {error}{_file_of(table, row, field)}") from error
         if record[field] is None and field == source.image_field:
             raise UserError(f"{where} is missing: take the record out")
@@ -196,9 +196,13 @@ def _load(source: SourceConfig, images: bool) -> tuple[Any, str | None]:
             return datasets.load_dataset(source.path, source.name, split=source.split), None
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             saved = datasets.load_from_disk(str(path))
-            return (saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved), None
+            if isinstance(saved, datasets.DatasetDict):
+                return saved[source.split], None
+            _require_one_split(source)
+            return saved, None
         if images and path.is_dir() and any(file.suffix.lower() in IMAGES for file in path.rglob("*")):
             return datasets.load_dataset("imagefolder", data_dir=str(path), split=source.split), None
+        _require_one_split(source)
         files, kind = _files(path)
         options: dict[str, Any] = {"sample_by": "paragraph"} if kind == "text" else {}
         if kind == "csv":  # all of it is text: pandas would take "None" for nothing, and 007 for 7
@@ -211,6 +215,15 @@ def _load(source: SourceConfig, images: bool) -> tuple[Any, str | None]:
     except (OSError, ValueError, KeyError, StopIteration, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"cannot read text from {source.path} (split {source.split}): {reason}") from error
+
+
+def _require_one_split(source: SourceConfig) -> None:
+    """Of data that has no splits: what asks for one would get all of it, a test part what was trained on."""
+    if source.split != "train":
+        raise UserError(
+            f"{source.path} has one split, called train: leave split {source.split} out, and give the part a file of "
+            "its own or a range of records with take"
+        )
 
 
 def _files(path: Path) -> tuple[list[Path], str]:

@@ -8,7 +8,7 @@ import torch
 
 from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.cluster.engine import make_engine
-from mpruner_dist.cluster.settings import Settings, inference_settings, zero_stage
+from mpruner_dist.cluster.settings import Settings, given_stage, inference_settings, zero_stage
 from mpruner_dist.cluster.shape import choose_shape, free_memory
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config, ModelConfig
@@ -23,7 +23,7 @@ def forward_settings(worker: Worker, given: Settings, config: Config, folder: Pa
     Raises:
         StageFailure: none fits.
     """
-    stage = given.get("zero_optimization", {}).get("stage", config.cluster.zero_stage)
+    stage = given_stage(given, config.cluster.zero_stage)
     if stage != "auto":
         return inference_settings(given, stage, config.model.dtype)
     width = getattr(torch, config.model.dtype).itemsize
