@@ -134,13 +134,9 @@ def original(config: Config) -> CheckpointFolder:
 
 
 def seconds_of(folder: Path) -> float:
-    """Of all stages, those of rounds included; a stage that one round took over from another counts once."""
-    stages = {
-        json.dumps([name, stage]): float(stage.get("seconds", 0.0))
-        for part in (folder, *sorted(folder.glob("round-*")))
-        for name, stage in read_manifest(part).items()
-    }
-    return sum(stages.values())
+    """Of all stages, those of rounds included."""
+    folders = (folder, *folder.glob("round-*"))
+    return sum(float(stage.get("seconds", 0.0)) for part in folders for stage in read_manifest(part).values())
 
 
 def caption(file: Path, asked: Config, measured: Measured) -> str:
@@ -170,5 +166,5 @@ def caption(file: Path, asked: Config, measured: Measured) -> str:
         )
     return text + (
         "Speed is the retrained model's in evaluation as a multiple of the original's. Seconds are those of all "
-        "stages; similarities that a baseline took over from the recipe's run count in both."
+        "stages, of a baseline without the similarities that it took over from the recipe's run."
     )

@@ -86,6 +86,8 @@ def take_over(folder: RunFolder, inputs: Inputs, collected: Path) -> None:
     other = RunFolder(collected, "")
     if not other.is_done("collect"):
         raise UserError(f"{collected} has no similarities to take over: its stage collect is not done")
+    if missing := [output for output in other.stages["collect"]["outputs"] if not (other / output).exists()]:
+        raise UserError(f"{collected} has no similarities to take over: {missing[0]} is missing")
     if differences := other.changes("collect", inputs):
         listed = "\n".join(f"  {line}" for line in differences)
         raise UserError(f"the similarities of {collected} were made from other inputs than this run's:\n{listed}")

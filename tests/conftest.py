@@ -25,6 +25,8 @@ from mpruner_dist import cli
 from mpruner_dist.cluster.engine import start_deepspeed
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+for variable in [name for name in os.environ if name.startswith(("RAY_", "SLURM_", "MPRUNER_", "WANDB_"))]:
+    del os.environ[variable]  # they would lead tests to another cluster, or down another path
 # examples run torch on machines that do other things too: how long one takes says nothing
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")

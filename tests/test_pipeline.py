@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import make_idle_layers, write_config
+from conftest import make_idle_layers, settings_for, write_config
 from safetensors.torch import load_file
 
 from mpruner_dist.rewriting.proof import verify_checkpoint
@@ -26,19 +28,23 @@ def matrix(run: Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Filled by the first test with the folder of a finished run, for those after it."""
-    return {}
-
-
-def test_the_road_with_one_worker(
-    settings: dict[str, Any], mpruner: Run, tmp_path_factory: pytest.TempPathFactory, finished: dict[str, Path]
-) -> None:
+def walked(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a finished run of one worker, and what the command printed."""
     folder = tmp_path_factory.mktemp("one worker")  # with a space
-    config = write_config(folder / "config.yaml", settings)
-    code, output = mpruner("run", config, "--run-dir", folder / "run")
-    assert code == 0, output
-    run = finished["one"] = folder / "run"
+    config, run = write_config(folder / "config.yaml", settings_for(tiny)), folder / "run"
+    command = [sys.executable, "-m", "mpruner_dist", "run", config, "--run-dir", run]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout
+    return run, done.stdout
+
+
+@pytest.fixture(scope="module")
+def finished(walked: tuple[Path, str]) -> Path:
+    return walked[0]
+
+
+def test_the_road_with_one_worker(walked: tuple[Path, str]) -> None:
+    run, output = walked
     assert "perplexity" in output
     assert str(run / "report.html") in output
     plan = json.loads((run / "plan.json").read_text())
@@ -62,9 +68,9 @@ def load_all(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for shard in folder.glob("*.safetensors") for name, tensor in load_file(shard).items()}
 
 
-def test_the_perplexity_is_the_one_of_a_plain_forward(settings: dict[str, Any], finished: dict[str, Path]) -> None:
+def test_the_perplexity_is_the_one_of_a_plain_forward(settings: dict[str, Any], finished: Path) -> None:
     """Against transformers' own loss, one block at a time."""
-    run = finished["one"]
+    run = finished
     blocks = load_file(run / "data" / "test.safetensors")["input_ids"].long()
     for name, folder in (("original", Path(settings["model"]["path"])), ("pruned", run / "pruned")):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -75,9 +81,9 @@ def test_the_perplexity_is_the_one_of_a_plain_forward(settings: dict[str, Any], 
         assert got == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_cka_is_the_one_of_a_dense_computation(settings: dict[str, Any], finished: dict[str, Path]) -> None:
+def test_the_cka_is_the_one_of_a_dense_computation(settings: dict[str, Any], finished: Path) -> None:
     """All eligible tokens of the first batch, without any of the package's sampling."""
-    run = finished["one"]
+    run = finished
     blocks = load_file(run / "data" / "calibration.safetensors")["input_ids"].long()
     model = transformers.AutoModelForCausalLM.from_pretrained(settings["model"]["path"]).eval()
     outputs: list[torch.Tensor] = []
@@ -97,8 +103,8 @@ def test_the_cka_is_the_one_of_a_dense_computation(settings: dict[str, Any], fin
     assert (spread[~np.eye(8, dtype=bool)] > 0).all()
 
 
-def test_the_same_command_again_does_nothing(settings: dict[str, Any], mpruner: Run, finished: dict[str, Path]) -> None:
-    run = finished["one"]
+def test_the_same_command_again_does_nothing(settings: dict[str, Any], mpruner: Run, finished: Path) -> None:
+    run = finished
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.json")}
     code, output = mpruner("run", run.parent / "config.yaml", "--run-dir", run)
     assert code == 0
@@ -107,17 +113,17 @@ def test_the_same_command_again_does_nothing(settings: dict[str, Any], mpruner: 
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.json")} == before
 
 
-def test_status_says_what_is_done(mpruner: Run, finished: dict[str, Path]) -> None:
-    code, output = mpruner("status", finished["one"])
+def test_status_says_what_is_done(mpruner: Run, finished: Path) -> None:
+    code, output = mpruner("status", finished)
     assert code == 0
     assert output.count("done in") == 7
 
 
 def test_another_configuration_is_refused_and_replanning_is_instant(
-    settings: dict[str, Any], mpruner: Run, finished: dict[str, Path], tmp_path: Path
+    settings: dict[str, Any], mpruner: Run, finished: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(finished["one"], run)
+    shutil.copytree(finished, run)
     config = run.parent / "config.yaml"
     write_config(config, settings)
     deeper = ("--run-dir", run, "--set", "plan.keep_layers=5")
@@ -128,6 +134,7 @@ def test_another_configuration_is_refused_and_replanning_is_instant(
     assert len(json.loads((run / "plan.json").read_text())["kept"]) == 6
     code, output = mpruner("plan", config, *deeper)
     assert code == 0, output
+    assert "starting Ray" not in output
     assert len(json.loads((run / "plan.json").read_text())["kept"]) == 5
     assert "outdated" in output
     assert (run / "pruned").exists()  # the old is kept until the new replaces it
@@ -135,13 +142,12 @@ def test_another_configuration_is_refused_and_replanning_is_instant(
     assert "rewrite" in output
     assert "next" in output
     content = json.loads((run / "manifest.json").read_text())["stages"]
-    assert content["plan"]["seconds"] < 1
     assert list(content) == ["data", "collect", "plan"]
 
 
 @pytest.mark.parametrize(("workers", "zero_stage"), [(2, 0), (2, 3), (5, 0)])
 def test_the_cka_does_not_depend_on_the_sharding(
-    settings: dict[str, Any], mpruner: Run, finished: dict[str, Path], tmp_path: Path, workers: int, zero_stage: int
+    settings: dict[str, Any], mpruner: Run, finished: Path, tmp_path: Path, workers: int, zero_stage: int
 ) -> None:
     """Seven batches on two and five workers: uneven, which must not hang ZeRO-3."""
     settings["cluster"] |= {"workers": workers, "zero_stage": zero_stage}
@@ -150,19 +156,19 @@ def test_the_cka_does_not_depend_on_the_sharding(
     code, output = mpruner("collect", config, "--run-dir", tmp_path / "run")
     assert code == 0, output
     if zero_stage == 3:
-        assert np.abs(matrix(tmp_path / "run") - matrix(finished["one"])).max() < 1e-6
+        assert np.abs(matrix(tmp_path / "run") - matrix(finished)).max() < 1e-6
     else:  # every number that was measured, to the last bit
-        one, other = (json.loads((run / "cka.json").read_text()) for run in (finished["one"], tmp_path / "run"))
+        one, other = (json.loads((run / "cka.json").read_text()) for run in (finished, tmp_path / "run"))
         assert one == other
     assert len(list((tmp_path / "run").glob("stats/*/from-*.safetensors"))) >= workers
 
 
 def test_two_workers_under_zero_3_retrain_like_one(
-    settings: dict[str, Any], mpruner: Run, finished: dict[str, Path], tmp_path: Path
+    settings: dict[str, Any], mpruner: Run, finished: Path, tmp_path: Path
 ) -> None:
     """Same global batches, so the same losses; weights, gradients and optimizer divided; exported whole."""
     run = tmp_path / "run"
-    shutil.copytree(finished["one"], run, ignore=shutil.ignore_patterns("retrain", "retrained", "evaluation*"))
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("retrain", "retrained", "evaluation*"))
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["stages"] = {name: manifest["stages"][name] for name in ("data", "collect", "plan", "rewrite")}
     (run / "manifest.json").write_text(json.dumps(manifest))
@@ -171,14 +177,14 @@ def test_two_workers_under_zero_3_retrain_like_one(
     config = write_config(tmp_path / "config.yaml", settings)
     code, output = mpruner("run", config, "--run-dir", run)
     assert code == 0, output
-    one, two = (json.loads((folder / "retrain.json").read_text()) for folder in (finished["one"], run))
+    one, two = (json.loads((folder / "retrain.json").read_text()) for folder in (finished, run))
     np.testing.assert_allclose(one["loss"], two["loss"], rtol=2e-4)
     np.testing.assert_allclose(one["validation_loss"], two["validation_loss"], rtol=2e-4)
-    expected, got = load_all(finished["one"] / "retrained"), load_all(run / "retrained")
+    expected, got = load_all(finished / "retrained"), load_all(run / "retrained")
     assert expected.keys() == got.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name], tensor, rtol=1e-2, atol=2e-3)
-    first, second = (json.loads((folder / "evaluation.json").read_text()) for folder in (finished["one"], run))
+    first, second = (json.loads((folder / "evaluation.json").read_text()) for folder in (finished, run))
     for label in ("original", "pruned"):
         assert second[label]["loss"] == pytest.approx(first[label]["loss"], rel=1e-6)
 

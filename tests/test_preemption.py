@@ -12,6 +12,8 @@ from conftest import Mpruner, make_text, write_config
 from safetensors.torch import load_file
 from test_resume import wait_for
 
+from mpruner_dist.logs import read_progress
+
 pytestmark = pytest.mark.ray
 
 
@@ -51,8 +53,8 @@ def test_preempted_in_every_stage_it_ends_the_same(
         return sum(path.read_text().count("\n") for path in run.glob("retrain/*/metrics.jsonl"))
 
     def progress(stage: str) -> bool:
-        path = run / "logs/progress.json"
-        return path.exists() and stage in path.read_text() and json.loads(path.read_text())["done"] > 10
+        state = read_progress(run / "logs/progress.json")
+        return state is not None and stage in state["label"] and state["done"] > 10
 
     moments = [
         ("collect", lambda: progress("collect"), 1, "the sums of all batches that were done are saved"),

@@ -5,6 +5,7 @@ import re
 from conftest import ROOT
 
 from mpruner_dist import cli
+from mpruner_dist.submission import commands
 
 
 def commands_in_the_readme() -> list[str]:
@@ -14,10 +15,13 @@ def commands_in_the_readme() -> list[str]:
 
 def test_the_readmes_commands_exist() -> None:
     known = {item.callback.__name__ for item in cli.app.registered_commands if item.callback}
-    used = [line for line in commands_in_the_readme() if "mpruner_dist " in line]
-    assert len(used) >= 6
+    submitting = {item.callback.__name__ for item in commands.app.registered_commands if item.callback}
+    used = [line for line in commands_in_the_readme() if re.search(r"\b(mpruner|mpruner_dist) ", line)]
+    assert len(used) >= 12
     for line in used:
-        assert line.split("mpruner_dist ")[1].split()[0] in known, line
+        words = re.split(r"\b(?:mpruner|mpruner_dist) ", line)[1].split()
+        assert words[0] in known | {"submit"}, line
+        assert words[0] != "submit" or words[1] in submitting, line
     for script in re.findall(r"bash (launch/\S+)", (ROOT / "README.md").read_text()):
         assert (ROOT / script).is_file()
     assert len((ROOT / "README.md").read_text().splitlines()) < 320
@@ -25,8 +29,8 @@ def test_the_readmes_commands_exist() -> None:
 
 def test_the_readmes_files_exist() -> None:
     text = (ROOT / "README.md").read_text()
-    for name in re.findall(r"`((?:mpruner_dist|configs|tests|launch)/[\w/.]+)`", text):
-        assert (ROOT / name).exists(), name
-    for name in re.findall(r"`((?:data|similarity|planning|rewriting|retraining|evaluation|reporting|models|checkpoints"
-                           r"|cluster|runs)/(?:\w+\.py)?)`", text):  # fmt: skip
+    for name in re.findall(r"`((?:mpruner_dist|configs|tests|launch|benchmarks|slurm)/[\w/.]+)`", text):
+        assert (ROOT / name).exists() or name == "slurm/site.env", name  # which a site makes for itself
+    inner = [folder.name for folder in (ROOT / "mpruner_dist").iterdir() if (folder / "__init__.py").is_file()]
+    for name in re.findall(rf"`((?:{'|'.join(inner)})/(?:\w+\.py)?)`", text):
         assert (ROOT / "mpruner_dist" / name).exists(), name

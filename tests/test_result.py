@@ -91,6 +91,20 @@ def test_only_other_models_make_another_result(tmp_path: Path, source: Path) -> 
         assert (folder / "pruned/model.safetensors").samefile(folder / "round-01/pruned/model.safetensors")
 
 
+def test_where_no_round_is_accepted_any_more_no_earlier_model_stays(tmp_path: Path, source: Path) -> None:
+    with open_run(tmp_path / "run", "") as folder:
+        make_rounds(folder.path, source, [[0, 1, 3, 4, 6, 7]])
+        walk(folder)
+        assert (folder / "pruned").is_dir()
+        record = json.loads((folder / "rounds.json").read_text())
+        record["rounds"][0]["accepted"] = False
+        write_json(folder / "rounds.json", record)
+        walk(folder, again=True)
+        assert not (folder / "pruned").exists()
+        assert read_plan(folder / "plan.json").dropped == []
+        assert (folder / "round-01/pruned").is_dir()
+
+
 @pytest.mark.parametrize("keep_layers", [None, 4])
 def test_the_report_claims_no_stride_for_all_rounds(keep_layers: int | None) -> None:
     """Nor that the budget of all rounds chose a threshold."""

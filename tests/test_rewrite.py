@@ -75,8 +75,9 @@ def test_a_sharded_checkpoint_keeps_its_bytes_and_companions(tiny: Path, tmp_pat
 def test_keeping_everything_changes_no_byte_of_the_tensors(tiny: Path, tmp_path: Path) -> None:
     rewrite_checkpoint(tiny / "model", tmp_path / "same", list(range(8)))
     for shard in read_checkpoint(tiny / "model").shards:
-        assert (tmp_path / "same" / shard).read_bytes()[-4096:] == (tiny / "model" / shard).read_bytes()[-4096:]
-        assert load_file(tmp_path / "same" / shard).keys() == load_file(tiny / "model" / shard).keys()
+        before, after = load_file(tiny / "model" / shard), load_file(tmp_path / "same" / shard)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_an_old_config_without_layer_types_keeps_its_pattern(tmp_path: Path) -> None:

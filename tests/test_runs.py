@@ -1,5 +1,6 @@
 """The run folder: whole or not at all, done or made again, owned by one."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -283,6 +284,18 @@ def test_another_process_may_not_open_a_run_until_its_owner_ends(
     owner.communicate("")
     with open_run(tmp_path / "run", "") as run:
         assert (run.path, run.stages) == (tmp_path / "run", {})
+
+
+def test_a_file_system_without_locks_is_told_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with open_run(tmp_path / "run", "") as folder:
+        assert folder.path.is_dir()
+    assert "has no locks (Function not implemented): start no second mpruner in it" in caplog.text
 
 
 def test_what_the_doctor_left_is_no_other_work(tmp_path: Path) -> None:

@@ -67,6 +67,14 @@ def test_a_sweep_collects_once(config: Path, tmp_path: Path) -> None:
         ({"sweep": "plan.threshold"}, "write KEY=V1,V2"),
         ({"sweep": "plan.keep_layers=4,many"}, "keep_layers"),
         ({"sweep": "plan.keep_layers=4,5", "then": Shape("2")}, "do not go together"),
+        ({"sweep": "collect.samples=32,64"}, "are not the same for collect.samples 64: submit a run for each value$"),
+        (
+            {
+                "sweep": "plan.threshold=0.98,0.9",
+                "overrides": ["collect.until=settled", "plan.method=anchor", "plan.keep_layers=null"],
+            },
+            "not the same for plan.threshold 0.9: .*, or set collect.until all",
+        ),
     ],
 )
 def test_mistakes_come_back_before_anything_is_submitted(config: Path, changes: dict[str, Any], message: str) -> None:
@@ -119,15 +127,27 @@ def test_the_configuration_does_not_lead_to_another_ray() -> None:
     assert command[-2:] == ["--set", "cluster.address=null"]
 
 
-def test_what_does_not_stop_before_the_time_limit_is_killed_and_queued_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    deaf = "import signal, time; signal.signal(signal.SIGUSR2, signal.SIG_IGN); time.sleep(60)"
+def test_what_does_not_stop_before_the_time_limit_is_killed_and_queued_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    deaf = (
+        "import pathlib, signal, sys, time; signal.signal(signal.SIGUSR2, signal.SIG_IGN)\n"
+        "pathlib.Path(sys.argv[1]).touch(); time.sleep(60)"
+    )
     nodes = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + allocation.LAST_S + 3))
-        begun, signals = time.monotonic(), allocation._Signals()
-        threading.Timer(1, signals, (signal.SIGUSR2, None)).start()
-        code = allocation._run_command([sys.executable, "-c", deaf], dict(os.environ), signals, nodes)
-        assert (code, time.monotonic() - begun < 20) == (75, True)
+        signals = allocation._Signals()
+
+        def tell_when_it_is_deaf() -> None:
+            while not (tmp_path / "deaf").exists():
+                time.sleep(0.05)
+            signals(signal.SIGUSR2, None)
+
+        threading.Thread(target=tell_when_it_is_deaf, daemon=True).start()
+        command = [sys.executable, "-c", deaf, str(tmp_path / "deaf")]
+        assert allocation._run_command(command, dict(os.environ), signals, nodes) == 75
+        assert "and is killed" in caplog.text
     finally:
         nodes.kill()
         nodes.wait()

@@ -87,8 +87,8 @@ def test_what_is_longer_than_the_model_hears_is_left_out_and_told(
 
 def test_words_are_counted_without_regard_to_how_they_are_written() -> None:
     assert word_error_rate(["Press one, now!"], ["press one now"]) == 0
-    # one wrong and one missing of five, and one too many where nothing was said
-    assert word_error_rate(["press two", "x"], ["press one now.", "", "a b"][:2]) == pytest.approx(3 / 3)
+    # one wrong and one missing of three, and one too many where nothing was said
+    assert word_error_rate(["press two", "x"], ["press one now.", ""]) == pytest.approx(3 / 3)
     assert word_error_rate(["a c", ""], ["a b", "d e"]) == pytest.approx(3 / 4)
     assert word_error_rate(["का के"], ["की को"]) == 1
     assert word_error_rate(["cafe\u0301"], ["CAF\xc9"]) == 0

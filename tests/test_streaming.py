@@ -91,10 +91,11 @@ def expect_same(
 def every_family(folder: Path) -> None:
     for kind in FAMILIES:
         told = expect_same(folder / kind)
-        assert told == ([] if kind != "mixtral" else told), (kind, told)
         if kind == "mixtral":
             assert "loaded by transformers, slowly" in told[0]
             assert "merges or splits" in told[0]
+        else:
+            assert told == [], kind
     assert expect_same(folder / "llama", head=False) == []
     assert expect_same(folder / "llama", "bfloat16") == []
     assert expect_same(folder / "halves", "float32") == []
@@ -222,12 +223,14 @@ def test_partitions_may_lie_on_nvme(models: Path, tmp_path: Path) -> None:
 
 
 def refuse(folder: Path, message: str) -> None:
-    with pytest.raises(UserError, match=f"does not fit its configuration: {message} (is missing|is .*must be)"):
+    with pytest.raises(UserError, match=f"does not fit its configuration: {message}"):
         load(folder, inference())
 
 
-@pytest.mark.parametrize("damage", ["missing", "shape"])
-def test_a_tensor_that_is_missing_or_has_another_shape_is_named(models: Path, tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(("damage", "told"), [("missing", "is missing"), ("shape", "is .*must be")])
+def test_a_tensor_that_is_missing_or_has_another_shape_is_named(
+    models: Path, tmp_path: Path, damage: str, told: str
+) -> None:
     tensors = load_file(models / "tied" / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     if damage == "missing":
@@ -236,4 +239,4 @@ def test_a_tensor_that_is_missing_or_has_another_shape_is_named(models: Path, tm
         tensors[name] = tensors[name][:-1].contiguous()
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_bytes((models / "tied" / "config.json").read_bytes())
-    on_ranks(1, refuse, tmp_path, name.replace(".", r"\."))
+    on_ranks(1, refuse, tmp_path, name.replace(".", r"\.") + " " + told)

@@ -109,7 +109,11 @@ def test_the_exit_code_is_that_of_the_job(address: str, settings: dict[str, Any]
         ("elsewhere.csv", "data.train.path elsewhere.csv is relative"),
     ],
 )
-def test_paths_that_no_job_would_find(settings: dict[str, Any], tmp_path: Path, path: str, message: str) -> None:
+def test_paths_that_no_job_would_find(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, message: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     section = settings["model"] if "model" in message.split()[0] else settings["data"]["train"]
     section["path"] = path
     config = load_config(write_config(tmp_path / "config.yaml", settings), [])

@@ -79,7 +79,8 @@ def go_on(folder: Path, stage: int) -> None:
 
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    ("stage", "ranks", "other_ranks", "freeze"), [(1, 2, 1, False), (2, 2, 1, False), (3, 2, 1, False), (3, 3, 3, True)]
+    ("stage", "ranks", "other_ranks", "freeze"),
+    [(1, 2, 1, False), (1, 2, 1, True), (2, 2, 1, False), (3, 2, 1, False), (3, 3, 3, True)],
 )
 def test_a_deepspeed_checkpoint(tmp_path: Path, stage: int, ranks: int, other_ranks: int, freeze: bool) -> None:
     """Its weights to safetensors; its weights and moments to a universal checkpoint, from which training goes on."""
@@ -115,6 +116,19 @@ def test_a_deepspeed_checkpoint(tmp_path: Path, stage: int, ranks: int, other_ra
     if stage == 3:
         with pytest.raises(UserError, match=f"{ranks} files of model states and {ranks - 1}"):
             open_checkpoint(source, tmp_path / "model")
+    else:
+        with pytest.raises(UserError, match=f"was written by {ranks} ranks and has optimizer states of {ranks - 1}"):
+            rewrite_universal(source, tmp_path / "other", KEPT, config_folder=tmp_path / "model")
+
+
+def test_parts_of_experts_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "global_step2"
+    folder.mkdir()
+    (folder / "layer_0_expert_3_mp_rank_00_model_states.pt").touch()
+    (tmp_path / "latest").write_text(folder.name)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tensor, pipeline or expert parallelism \(layer_0_expert_3_mp_rank_00"):
+        open_checkpoint(tmp_path, tmp_path)
 
 
 def test_only_deepspeed_checkpoints_have_moments(tiny: Path, tmp_path: Path) -> None:

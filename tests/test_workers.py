@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -269,17 +268,7 @@ def test_a_task_whose_process_is_killed_is_given_to_another(session: RaySession,
 
 
 def test_more_than_the_cluster_has_is_said_before_anything_starts(session: RaySession, tmp_path: Path) -> None:
+    session.connect()  # one that asked for more would start Ray with as many CPUs
     greedy = RaySession(TWO.model_copy(update={"workers": 500}))
     with pytest.raises(StageFailure, match=r"^\d+ of 500 workers of 1 CPU fit on this machine; even if"):
         greedy.run_workers(fail, {}, "test", tmp_path)
-
-
-def test_an_address_where_no_cluster_is(tmp_path: Path) -> None:
-    script = (
-        "from mpruner_dist.cluster.session import RaySession\nfrom mpruner_dist.config import ClusterConfig\n"
-        "from mpruner_dist.errors import StageFailure\n"
-        "try:\n    RaySession(ClusterConfig(address='127.0.0.1:1')).connect()\n"
-        "except StageFailure as error:\n    print(error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert "Ray does not start on the cluster at 127.0.0.1:1" in done.stdout, done.stderr

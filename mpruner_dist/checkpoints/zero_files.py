@@ -55,10 +55,28 @@ def zero_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def frozen_names(folder: Path) -> list[str]:
-    """Parameters that ZeRO 3 keeps without float32 weights and moments, for they are not trained."""
+    """Parameters without float32 weights and moments, for they are not trained."""
     if (folder / WHOLE).is_file():
-        return []
+        content = read_torch_file(folder / WHOLE)
+        trained = {name for group in content.get("param_shapes") or () for name in group}
+        other = trained | set(content.get("buffer_names") or ()) | set(content.get("shared_params") or ())
+        return sorted(set(content.get("module") or ()) - other) if trained else []
     return list(read_torch_file(_by_rank(folder, "model_states")[0]).get("frozen_param_shapes") or ())
+
+
+def require_every_rank(folder: Path) -> None:
+    """Refuse a checkpoint of ZeRO 1 or 2 that lost a rank's part of the optimizer: DeepSpeed would not notice.
+
+    Raises:
+        UserError: files of ranks are missing.
+    """
+    if not (folder / WHOLE).is_file():
+        return  # of ZeRO 3, which opening compares
+    ranks, files = read_torch_file(folder / WHOLE).get("dp_world_size"), _by_rank(folder, "optim_states")
+    if len(files) != ranks:
+        raise UserError(
+            f"{folder} was written by {ranks} ranks and has optimizer states of {len(files)}: fetch it again"
+        )
 
 
 def _of_partitions(folder: Path) -> dict[str, StoredTensor]:

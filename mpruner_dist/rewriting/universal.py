@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mpruner_dist.checkpoints.folder import with_tagged_floats
 from mpruner_dist.checkpoints.formats import open_checkpoint
-from mpruner_dist.checkpoints.zero_files import frozen_names, step_folder
+from mpruner_dist.checkpoints.zero_files import frozen_names, require_every_rank, step_folder
 from mpruner_dist.cluster.universal import convert_to_universal, prune_universal
 from mpruner_dist.errors import UserError
 from mpruner_dist.plan import Keep
@@ -44,6 +44,7 @@ def rewrite_universal(
     step = step_folder(source)
     if step is None:
         raise UserError(f"{source} is no DeepSpeed checkpoint: only those have the optimizer's moments to keep")
+    require_every_rank(step)
     frozen = frozen_names(step)
     if frozen:
         raise UserError(

@@ -98,13 +98,13 @@ class RunFolder:
     def adopt(self, name: str, other: "RunFolder") -> None:
         """Take a finished stage over from another folder, where it is not done here: the same inputs, the same files.
 
-        Files are copied, so that either folder can be deleted.
+        Files are copied, so that either folder can be deleted. It took no time of this run.
         """
         if self.is_done(name) or not other.is_done(name):
             return
         for output in other.stages[name]["outputs"]:
             write_bytes(self / output, (other / output).read_bytes())
-        self._record(name, other.stages[name])
+        self._record(name, other.stages[name] | {"seconds": 0.0})
 
     def give_up(self, name: str, why: str) -> None:
         """Record that a begun stage is not to be tried again from the same inputs."""
@@ -161,8 +161,10 @@ def open_run(path: Path, resolved_config: str) -> Iterator[RunFolder]:
     with begin_run(path) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(f"another mpruner works in {path}: wait for it or give another --run-dir") from error
+        except OSError as error:  # Lustre's default
+            log.warning("%s: its file system has no locks (%s): start no second mpruner in it", path, error.strerror)
         yield RunFolder(path, resolved_config)
 
 

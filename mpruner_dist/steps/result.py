@@ -34,7 +34,11 @@ def result(road: Road) -> Step:
         write_bytes(road.folder / "cka.json", (road.folder / "round-01/cka.json").read_bytes())
         plan = _plan_in_original_layers(road, accepted)
         write_json(road.folder / "plan.json", plan.model_dump())
-        if accepted:
+        if not accepted:  # of an earlier result nothing may stay: it would be taken for this one's
+            for name in ("pruned", "retrained"):
+                shutil.rmtree(road.folder / name, ignore_errors=True)
+            (road.folder / "retrain.json").unlink(missing_ok=True)
+        else:
             for name in files:
                 write_bytes(road.folder / name, (last / name).read_bytes())
             for name in folders:

@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpruner_dist.config import Config
 from mpruner_dist.config_file import load_config
 from mpruner_dist.errors import UserError
 
@@ -97,13 +98,25 @@ def plan_submissions(
     key, equals, values = sweep.partition("=")
     if not equals or not all(values.split(",")):
         raise UserError(f"--sweep {sweep}: write KEY=V1,V2, such as plan.threshold=0.95,0.98")
+    measured = _what_is_measured(load_config(config, overrides))
     for value in values.split(","):
-        load_config(config, [*overrides, f"{key}={value}"])
+        if _what_is_measured(load_config(config, [*overrides, f"{key}={value}"])) != measured:
+            remedy = "submit a run for each value" + (", or set collect.until all" if key.startswith("plan.") else "")
+            raise UserError(
+                f"--sweep {sweep}: similarities are collected once, and are not the same for {key} {value}: {remedy}"
+            )
     array = [f"--array=0-{len(values.split(',')) - 1}", "--output=mpruner-%A_%a.log"]
     return [
         _job(config, base, overrides, shape, options, ["--command", "collect"]),
         _job(config, base, overrides, shape, [*options, *array], ["--sweep", sweep]),
     ]
+
+
+def _what_is_measured(config: Config) -> object:
+    """What similarities depend on, so that they can be taken over."""
+    data = config.data.model_dump(exclude={"train", "validation", "test"})
+    settled = (config.plan.measure, config.plan.threshold) if config.collect.until == "settled" else None
+    return config.model, data, config.collect.model_dump(exclude={"save_every"}), settled
 
 
 def require_time(limit: str) -> None:
