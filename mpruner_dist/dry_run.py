@@ -14,13 +14,14 @@ from mpruner_dist.cluster.settings import Settings, given_stage, inference_setti
 from mpruner_dist.config import Config
 from mpruner_dist.config.plan import JUDGED
 from mpruner_dist.config.task import FACTS
+from mpruner_dist.data.model_folder import read_config
 from mpruner_dist.data.parts import Part
 from mpruner_dist.data.prepare import make_part
 from mpruner_dist.data.readers import make_reader
 from mpruner_dist.errors import UserError
 from mpruner_dist.evaluation.extras import require_extras
 from mpruner_dist.logs import show_progress
-from mpruner_dist.models.loading import quiet_transformers, read_config
+from mpruner_dist.models.loading import quiet_transformers
 from mpruner_dist.models.naming import layer_names
 from mpruner_dist.models.positions import require_positions
 from mpruner_dist.plan import read_plan

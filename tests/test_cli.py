@@ -43,6 +43,11 @@ def broken_config(model: Path) -> None:
     (model / "config.json").write_text('{"model_type": "llama", ')
 
 
+def mistyped_field(model: Path) -> None:
+    content = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(content | {"hidden_size": "wide"}))
+
+
 def unknown_family(model: Path) -> None:
     (model / "config.json").write_text('{"model_type": "no-such-family", "num_hidden_layers": 8}')
 
@@ -66,6 +71,7 @@ def escaping_index(model: Path) -> None:
         (missing_shard, r"lacks the shard model-00001-of-\d+\.safetensors"),
         (truncated_shard, r"model-00001-of-\d+\.safetensors is truncated"),
         (broken_config, r"cannot read .*config\.json: .*(Expecting|property name)"),
+        (mistyped_field, r"cannot read .*config.json: .*hidden_size"),
         (unknown_family, "cannot read .*config.json.*no-such-family"),
         (no_tokenizer, "no tokenizer"),
         (escaping_index, r"'\.\./\.\./x\.safetensors', which is not a file of its own folder"),
@@ -94,7 +100,7 @@ def test_a_damaged_model_is_named(
         ("plan", {"method": "file", "keep_layers": None, "file": "nowhere.json"}, "cannot read the plan nowhere.json"),
         ("retrain", {"batch_size": 5}, r"retrain.batch_size 5 must be a multiple of .* = 2"),
         ("retrain", {"warmup_steps": 6}, "warmup_steps 6 must be less than steps 6"),
-        ("retrain", {"deepspeed": "nowhere.json"}, "cannot read the DeepSpeed configuration nowhere.json"),
+        ("retrain", {"deepspeed": "nowhere.json"}, "the DeepSpeed configuration: cannot read nowhere.json"),
         ("retrain", {"lora": {"targets": ["q_prj", "v_proj"]}}, r"projection 'q_prj' \(did you mean q_proj or "),
         (
             "retrain",

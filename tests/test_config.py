@@ -193,6 +193,26 @@ def test_each_mistake_says_where_and_what(tmp_path: Path, section: str, change: 
     assert message in refusal(tmp_path, content)
 
 
+def test_a_task_of_the_harness_is_named_once(tmp_path: Path) -> None:
+    tasks = [{"name": "arc_easy", "fewshot": shots} for shots in (0, 5)]
+    message = "evaluate: tasks names arc_easy twice: results are told by name"
+    assert message in refusal(tmp_path, minimal() | {"evaluate": {"tasks": tasks}})
+
+
+@pytest.mark.parametrize(
+    ("plan", "rounds", "goes"),
+    [
+        ({}, None, True),
+        ({"keep_layers": 4}, None, False),
+        ({"keep_layers": 4}, {"tolerance": 0.1}, True),
+        ({"method": "influence", "keep_layers": 4}, {"tolerance": 0.1, "remove": 1}, False),
+    ],
+)
+def test_what_decides_which_layers_go(tmp_path: Path, plan: Any, rounds: Any, goes: bool) -> None:
+    content = {"model": {"path": "m"}, "data": data(), "plan": plan, "rounds": rounds}
+    assert load(tmp_path, content).goes_by_threshold is goes
+
+
 def test_parts_may_touch_but_not_overlap(tmp_path: Path) -> None:
     content = full()
     assert load(tmp_path, content).data.parts().keys() == {"calibration", "train", "validation", "test"}

@@ -21,7 +21,7 @@ from mpruner_dist.data.blocks import (
     batch_rows,
     make_blocks,
     num_batches,
-    share_of_batches,
+    turns_of,
 )
 from mpruner_dist.data.parts import load_part, save_part
 from mpruner_dist.data.prepare import prepare_data
@@ -128,9 +128,10 @@ def test_every_batch_is_done_once_in_equally_many_turns(
     assert all(len(row) == batch_size for row in rows[:-1])
     assert 1 <= len(rows[-1]) <= batch_size
     todo = data.draw(st.permutations(range(count)))[: data.draw(st.integers(0, count))]
-    shares = [share_of_batches(todo, rank, world_size) for rank in range(world_size)]
-    assert sorted(batch for share, _ in shares for batch in share) == sorted(todo)
-    assert {turns for _, turns in shares} == {max(len(share) for share, _ in shares)}
+    turns = [list(turns_of(todo, rank, world_size)) for rank in range(world_size)]
+    assert sorted(batch for mine in turns for batch, counts in mine if counts) == sorted(todo)
+    assert {batch for mine in turns for batch, counts in mine if not counts} <= set(todo[:1])
+    assert {len(mine) for mine in turns} == {-(-len(todo) // world_size)}
 
 
 def test_blocks_are_saved_and_read_or_refused_by_name(tmp_path: Path) -> None:

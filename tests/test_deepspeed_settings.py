@@ -278,9 +278,9 @@ def test_a_file_is_read_or_refused_by_name(tmp_path: Path) -> None:
     assert read_deepspeed_config(path) == AUTO
     for content in ("{", "", "[1]", "3"):
         path.write_text(content)
-        with pytest.raises(UserError, match=r"DeepSpeed configuration .*ds\.json"):
+        with pytest.raises(UserError, match=r"DeepSpeed configuration: .*ds\.json"):
             read_deepspeed_config(path)
-    with pytest.raises(UserError, match=r"DeepSpeed configuration .*none\.json"):
+    with pytest.raises(UserError, match=r"DeepSpeed configuration: .*none\.json"):
         read_deepspeed_config(tmp_path / "none.json")
 
 

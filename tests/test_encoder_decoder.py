@@ -20,9 +20,10 @@ from mpruner_dist.cluster.settings import inference_settings
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config, RetrainConfig
 from mpruner_dist.config.task import GENERATED
+from mpruner_dist.data.model_folder import load_tokenizer
 from mpruner_dist.data.pairs import Pairs, make_pairs
 from mpruner_dist.data.parts import load_part, save_part
-from mpruner_dist.data.readers import decoder_tokens, load_tokenizer, require_one_language
+from mpruner_dist.data.readers import decoder_tokens, require_one_language
 from mpruner_dist.errors import UserError
 from mpruner_dist.evaluation.generation import COMPARE, generate, rouge_l
 from mpruner_dist.models.blocks import skipped

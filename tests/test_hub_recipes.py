@@ -36,7 +36,6 @@ OBJECTS[134] = OBJECTS[517] = "crane"
 """As models name the classes of ImageNet. `datasets` allows no name twice, and calls the second crane2."""
 
 NEEDED = {
-    "image-classification": ("PIL",),
     "sequence-to-sequence": ("sacrebleu", "rouge_score"),
     "automatic-speech-recognition": ("sacrebleu", "rouge_score", "soundfile", "soxr", "jiwer"),
 }

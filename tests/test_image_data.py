@@ -3,7 +3,6 @@
 import json
 import zlib
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from test_images import CLASSES, some_images, write_idx
 
 from mpruner_dist.config import SourceConfig
@@ -23,7 +23,6 @@ from mpruner_dist.errors import UserError
 from mpruner_dist.tasks import TASKS
 
 GREY = PixelFormat(1, None, (0.5,), (0.5,))
-pillow = pytest.mark.skipif(find_spec("PIL") is None, reason="needs the extra vision")
 
 
 @pytest.mark.parametrize(
@@ -86,6 +85,10 @@ def test_the_format_is_the_models(tmp_path: Path) -> None:
         asked = {"image_mean": [1.0], "image_std": [4.0], "size": 8, **options}
         made, highest = form({"num_channels": 1}, asked), 255 if "do_rescale" in options else 2
         assert (255 / 255 - made.mean[0]) / made.std[0] == pytest.approx((highest - 1) / 4)
+    for broken in ("{", "[]"):
+        (tmp_path / "preprocessor_config.json").write_text(broken)
+        with pytest.raises(UserError, match=r"preprocessor_config\.json"):
+            pixel_format(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "preprocessor_config.json").unlink()
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": scaled}))
@@ -116,10 +119,7 @@ def test_pixels_reach_the_model_scaled(tmp_path: Path) -> None:
     assert batch.targets.tolist() == [0, 0]
 
 
-@pillow
 def test_folders_of_classes_and_saved_images_are_read(tmp_path: Path) -> None:
-    from PIL import Image
-
     pixels, labels = some_images(6)
     for row, (image, label) in enumerate(zip(pixels, labels, strict=True)):
         folder = tmp_path / "files" / CLASSES[label]
@@ -138,10 +138,7 @@ def test_folders_of_classes_and_saved_images_are_read(tmp_path: Path) -> None:
     assert all((image == pixels[row]).all() for row, (image, _) in enumerate(saved))
 
 
-@pillow
 def test_grey_of_all_kinds_stays_grey(tmp_path: Path) -> None:
-    from PIL import Image
-
     def read(image: Any, name: str) -> np.ndarray:
         for folder in CLASSES:  # of one class alone `datasets` makes no label
             (tmp_path / name / folder).mkdir(parents=True)
@@ -156,10 +153,7 @@ def test_grey_of_all_kinds_stays_grey(tmp_path: Path) -> None:
     assert (read(Image.fromarray(halves).convert("LA"), "clear") == halves).all()
 
 
-@pillow
 def test_images_that_cannot_be_read_are_refused_by_name(tmp_path: Path) -> None:
-    from PIL import Image
-
     dark, light = (tmp_path / "files" / name for name in CLASSES)
     dark.mkdir(parents=True)
     light.mkdir()

@@ -38,7 +38,7 @@ OWNERS = {
     "safetensors": {"checkpoints", "data", "similarity", "retraining"},
     "datasets": {"data"},
     "transformers": {"models", "data"},
-    "huggingface_hub": {"checkpoints", "models"},
+    "huggingface_hub": {"checkpoints", "data"},
     "pydantic": {"config", "config_file", "plan"},
     "yaml": {"config", "config_file", "exchange"},
     "jiwer": {"evaluation"},

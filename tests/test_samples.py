@@ -84,14 +84,10 @@ def test_a_sequence_is_the_mean_of_its_eligible_tokens() -> None:
         torch.testing.assert_close(vector, expected[row])
 
 
-def test_an_image_is_all_its_features_and_a_patch_is_one_of_its_pixels() -> None:
+def test_an_image_is_all_its_features() -> None:
     hidden = torch.randn(4, 3, 5, 7)  # as convolutions make it
     images = draw_samples(torch.ones(4, 35), config(unit="image", skip_tokens=0), 0)
     assert images.take(hidden).shape == (4, 105)
     for row, vector in zip(images.positions_N.tolist(), images.take(hidden), strict=True):
         assert torch.equal(vector.view(35, 3), hidden[row].flatten(1).T)
-    patches = draw_samples(torch.ones(4, 35), config(unit="patch", skip_tokens=0), 0)
-    for position, vector in zip(patches.positions_N.tolist(), patches.take(hidden), strict=True):
-        image, pixel = divmod(position, 35)
-        assert torch.equal(vector, hidden[image, :, pixel // 7, pixel % 7])
-    assert torch.equal(patches.groups_N, patches.positions_N // 35)
+    assert torch.equal(images.groups_N, images.positions_N)

@@ -24,9 +24,10 @@ from mpruner_dist.cluster.engine import make_engine
 from mpruner_dist.cluster.settings import inference_settings
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import LoraConfig, PlanConfig, RetrainConfig
+from mpruner_dist.data.model_folder import read_config
 from mpruner_dist.errors import Fruitless, UserError
 from mpruner_dist.models.blocks import normalisations
-from mpruner_dist.models.loading import empty_model, load_model, read_config
+from mpruner_dist.models.loading import empty_model, load_model
 from mpruner_dist.models.naming import layer_names
 from mpruner_dist.models.stacks import run_blocks, run_stacks
 from mpruner_dist.plan import Plan

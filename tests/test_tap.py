@@ -256,7 +256,7 @@ def test_low_precision_states_are_compared_in_float32() -> None:
 
 def one_pass(model: torch.nn.Module, blocks: torch.nn.ModuleList, mask: Tensor, unit: str, **given: Any) -> Terms:
     """Terms of one pass of a vision model."""
-    settings = config(unit=unit, skip_tokens=0, samples=16)
+    settings = config(unit="image", skip_tokens=0, samples=16)
     statistics = BatchStatistics(0, draw_samples(mask, settings, 0), settings, len(blocks))
     tap = LayerTap(blocks)
     tap.begin([statistics])
@@ -266,8 +266,7 @@ def one_pass(model: torch.nn.Module, blocks: torch.nn.ModuleList, mask: Tensor, 
     return {name: value.numpy() for name, value in statistics.terms().items()}
 
 
-@pytest.mark.parametrize("unit", ["image", "patch"])
-def test_images_and_patches_of_a_vision_transformer(unit: str) -> None:
+def test_images_of_a_vision_transformer() -> None:
     torch.manual_seed(0)
     vit = transformers.ViTModel(
         transformers.ViTConfig(
@@ -281,26 +280,25 @@ def test_images_and_patches_of_a_vision_transformer(unit: str) -> None:
     ).eval()
     pixels = torch.randn(8, 3, 16, 16)
     blocks = run_blocks(vit)
-    terms = one_pass(vit, blocks, torch.ones(8, 17), unit, pixel_values=pixels)
+    terms = one_pass(vit, blocks, torch.ones(8, 17), "image", pixel_values=pixels)
     with torch.no_grad():
         states = vit(pixels, output_hidden_states=True).hidden_states[1:]
-    samples = draw_samples(torch.ones(8, 17), config(unit=unit, skip_tokens=0, samples=16), 0)
+    samples = draw_samples(torch.ones(8, 17), config(unit="image", skip_tokens=0, samples=16), 0)
     vectors = [unit_size(samples.take(state).double()) for state in states]
-    assert terms["samples"] == (8 if unit == "image" else 16)
+    assert terms["samples"] == 8
     # the last hidden state that transformers returns has gone through the final norm: compare the ones before
     assert np.abs(cka(terms)[:2, :2] - cka_matrix(vectors[:2]).numpy()).max() < 1e-5
 
 
-@pytest.mark.parametrize("unit", ["image", "patch"])
-def test_images_and_pixels_of_a_convolutional_stage(unit: str) -> None:
+def test_images_of_a_convolutional_stage() -> None:
     torch.manual_seed(0)
     settings = transformers.ResNetConfig(
         embedding_size=16, hidden_sizes=[16], depths=[3], layer_type="basic", downsample_in_first_stage=False
     )
     resnet = transformers.ResNetModel(settings).eval()
     blocks = torch.nn.ModuleList(resnet.encoder.stages[0].layers)
-    terms = one_pass(resnet, blocks, torch.ones(8, 64), unit, pixel_values=torch.randn(8, 3, 32, 32))
+    terms = one_pass(resnet, blocks, torch.ones(8, 64), "image", pixel_values=torch.randn(8, 3, 32, 32))
     matrix = cka(terms)
-    assert terms["samples"] == (8 if unit == "image" else 16)
+    assert terms["samples"] == 8
     assert matrix.shape == (3, 3)
     assert 0.2 < matrix[0, 1] < 0.9999

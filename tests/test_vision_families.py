@@ -14,9 +14,10 @@ from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config, PlanConfig
 from mpruner_dist.data.images import LabelledImages
+from mpruner_dist.data.model_folder import read_config
 from mpruner_dist.data.parts import save_part
 from mpruner_dist.models.blocks import skipped
-from mpruner_dist.models.loading import empty_model, load_model, read_config
+from mpruner_dist.models.loading import empty_model, load_model
 from mpruner_dist.models.stacks import run_blocks, run_stacks
 from mpruner_dist.planning.planner import make_plan
 from mpruner_dist.rewriting.rewrite import rewrite_checkpoint

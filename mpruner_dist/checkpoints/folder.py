@@ -1,8 +1,6 @@
 """A Hugging Face checkpoint folder: its configuration, its shards and what lies in them."""
 
-import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 from mpruner_dist.checkpoints.header import Header, TensorInfo, read_header, unique_keys
 from mpruner_dist.errors import UserError
 from mpruner_dist.runs.digest import digest, spot_digest
+from mpruner_dist.runs.json_files import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -130,21 +129,6 @@ def with_tagged_floats(content: Any) -> Any:
     if isinstance(content, dict):
         return {key: with_tagged_floats(value) for key, value in content.items()}
     return [with_tagged_floats(value) for value in content] if isinstance(content, list | tuple) else content
-
-
-def read_json(path: Path, make_object: Callable[[list[tuple[str, Any]]], dict[str, Any]] = dict) -> dict[str, Any]:
-    """A JSON object; `make_object` may refuse pairs of keys and values with a ValueError.
-
-    Raises:
-        UserError: unreadable, or something else.
-    """
-    try:
-        content = json.loads(path.read_text(), object_pairs_hook=make_object)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    return content
 
 
 def shard_name(number: int, count: int) -> str:

@@ -1,10 +1,10 @@
 """DeepSpeed configurations as data: a user's JSON, completed from the run's own. Imports no DeepSpeed."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from mpruner_dist.errors import UserError
+from mpruner_dist.runs.json_files import read_json
 
 Settings = dict[str, Any]
 
@@ -26,12 +26,9 @@ def read_deepspeed_config(path: Path | None) -> Settings:
     if path is None:
         return {}
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the DeepSpeed configuration {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"the DeepSpeed configuration {path} must hold a JSON object")
-    content = {key: value for key, value in content.items() if value is not None}
+        content = {key: value for key, value in read_json(path).items() if value is not None}
+    except UserError as error:
+        raise UserError(f"the DeepSpeed configuration: {error}") from error
     for key in (*TYPES, "zero_optimization"):
         section = content.get(key, "auto")
         if section == "auto":

@@ -100,7 +100,7 @@ def verify(
     trust_remote_code: Remote = False,
 ) -> None:
     """Check that a checkpoint is whole, has the tensors that its configuration asks for, and where it can be served."""
-    from mpruner_dist.models.loading import read_config
+    from mpruner_dist.data.model_folder import read_config
     from mpruner_dist.models.serving import portability
     from mpruner_dist.rewriting.proof import compare_logits, verify_checkpoint
 

@@ -1,6 +1,9 @@
 """The section `evaluate`, and the tasks of the lm-evaluation-harness."""
 
 from pathlib import Path
+from typing import Self
+
+from pydantic import model_validator
 
 from mpruner_dist.config.base import NonNegative, Positive, Section
 
@@ -29,3 +32,10 @@ class EvaluateConfig(Section):
     """At most so many sequences of the test part, and of the validation part (or plan.judge_blocks, if more)."""
     tasks: tuple[TaskConfig, ...] = ()
     """Of causal-lm: tasks of the harness that the original, the pruned and the retrained model are given besides."""
+
+    @model_validator(mode="after")
+    def _tasks_are_named_once(self) -> Self:
+        names = [task.name for task in self.tasks]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"tasks names {twice[0]} twice: results are told by name")
+        return self

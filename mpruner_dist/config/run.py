@@ -67,14 +67,19 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    @property
+    def goes_by_threshold(self) -> bool:
+        """Whether plan.threshold decides which layers go; with rounds, a budget is only where they end."""
+        budget = self.plan.keep_layers or self.plan.target_parameters
+        return self.plan.method in CLUSTERED and (self.rounds is not None or not budget)
+
     @model_validator(mode="after")
     def _settled_has_a_threshold(self) -> Self:
-        # with rounds, the budget is only where they end
-        budget = (self.plan.keep_layers or self.plan.target_parameters) and self.rounds is None
-        if self.collect.until == "settled" and (self.plan.method != "anchor" or budget):
+        if self.collect.until == "settled" and (self.plan.method != "anchor" or not self.goes_by_threshold):
+            budget = " with a budget" if self.plan.method == "anchor" else ""
             raise ValueError(
-                f"collect.until settled compares with plan.threshold, which plan.method {self.plan.method}"
-                f"{' with a budget' if budget else ''} does not use: set plan.method anchor without a budget, or "
+                f"collect.until settled compares with plan.threshold, which plan.method {self.plan.method}{budget} "
+                "does not use: set plan.method anchor without a budget, or "
                 "collect.until all"
             )
         return self

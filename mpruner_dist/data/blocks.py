@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int32]
+Item = TypeVar("Item")
 TOKENIZE_AT_ONCE = 256  # records handed to the tokenizer together
 
 
@@ -112,10 +113,11 @@ def num_batches(num_blocks: int, batch_size: int) -> int:
     return -(-num_blocks // batch_size)
 
 
-def share_of_batches(batches: list[int], rank: int, world_size: int) -> tuple[list[int], int]:
-    """A worker's batches, and how many turns all workers take.
+def turns_of(items: Sequence[Item], rank: int, world_size: int) -> Iterator[tuple[Item, bool]]:
+    """A worker's items, each with whether it counts: under ZeRO stage 3 all workers must take equally many turns.
 
-    Under ZeRO stage 3 every worker must take part in each forward pass: one with fewer batches than turns repeats its
-    work and leaves the result out.
+    One with fewer items than turns takes the first of all once more, and leaves the result out.
     """
-    return batches[rank::world_size], -(-len(batches) // world_size)
+    for first in range(0, len(items), world_size):
+        counts = first + rank < len(items)
+        yield items[first + rank if counts else 0], counts

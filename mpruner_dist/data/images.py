@@ -1,7 +1,6 @@
 """Images that each belong to a class: pixels as they are stored, the number of the class, and how pixels are scaled."""
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from mpruner_dist.errors import UserError
+from mpruner_dist.runs.json_files import read_json
 
 Bytes = npt.NDArray[np.uint8]
 IDX_DTYPE = 0x08
@@ -81,14 +81,14 @@ def pixel_format(model_folder: Path) -> PixelFormat:
     """What config.json and preprocessor_config.json or processor_config.json say; without, pixels go from -1 to 1.
 
     Raises:
-        UserError: a mean or spread for another number of channels.
+        UserError: one of them is no JSON object, or gives a mean or spread for another number of channels.
     """
-    config = json.loads((model_folder / "config.json").read_text())
+    config = read_json(model_folder / "config.json")
     file, processor = model_folder / "preprocessor_config.json", {}
     if file.is_file():
-        processor = json.loads(file.read_text())
+        processor = read_json(file)
     elif (file := model_folder / "processor_config.json").is_file():
-        processor = json.loads(file.read_text()).get("image_processor", {})
+        processor = read_json(file).get("image_processor", {})
     channels = int(config.get("num_channels", 3))
     crop = processor.get("crop_size") if processor.get("do_center_crop", True) else None
     asked = crop or processor.get("size")  # of a model that takes any, the size of its training

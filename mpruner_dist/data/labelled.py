@@ -1,6 +1,5 @@
 """Texts that each belong to a class: one row of tokens a text, and the number of its class."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -11,6 +10,7 @@ import numpy as np
 
 from mpruner_dist.data.blocks import TOKENIZE_AT_ONCE, Blocks, Ints, padded
 from mpruner_dist.errors import UserError
+from mpruner_dist.runs.json_files import read_json
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def label_names(model_folder: Path) -> list[str]:
     Raises:
         UserError: numbers with gaps.
     """
-    content = json.loads((model_folder / "config.json").read_text())
+    content = read_json(model_folder / "config.json")
     names = content.get("id2label") or {str(number): f"LABEL_{number}" for number in range(2)}  # as transformers does
     numbers = sorted(int(number) for number in names)
     if numbers != list(range(len(numbers))):

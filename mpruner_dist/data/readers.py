@@ -12,6 +12,7 @@ from mpruner_dist.config import Config, DataConfig, SourceConfig
 from mpruner_dist.data.blocks import Blocks, make_blocks
 from mpruner_dist.data.images import LabelledImages, PixelFormat, make_images, pixel_format
 from mpruner_dist.data.labelled import LabelledTexts, label_names, make_labelled
+from mpruner_dist.data.model_folder import load_tokenizer, read_config
 from mpruner_dist.data.pairs import Pairs, make_pairs
 from mpruner_dist.data.sources import open_images, open_labelled, open_pairs, open_source, open_speech
 from mpruner_dist.data.speech import Ear, Speech, Speller, make_speech
@@ -163,7 +164,7 @@ def make_reader(config: Config, model_folder: Path) -> Reader:
         require_one_language(tokenizer, model_folder)
         return PairReader(config.data, tokenizer, *decoder_tokens(model_folder, trusted))
     if config.model.task == "automatic-speech-recognition":
-        model, (pad, _) = _config(model_folder, trusted), decoder_tokens(model_folder, trusted)
+        model, (pad, _) = read_config(model_folder, trusted), decoder_tokens(model_folder, trusted)
         speller = Speller(tokenizer, config.data.language, config.data.target_size, model)
         return SpeechReader(Ear(model_folder), speller, pad)
     pad = padding_token(model_folder, trusted)
@@ -178,7 +179,7 @@ def padding_token(folder: Path, trust_remote_code: bool) -> int:
     Raises:
         UserError: a decoder's configuration names none, or transformers cannot read it.
     """
-    config = _config(folder, trust_remote_code)
+    config = read_config(folder, trust_remote_code)
     pad = config.get_text_config().pad_token_id
     if pad is not None and pad >= 0:
         return int(pad)
@@ -209,7 +210,7 @@ def decoder_tokens(folder: Path, trust_remote_code: bool) -> tuple[int, int]:
     Raises:
         UserError: the model's configuration does not name both.
     """
-    config = _config(folder, trust_remote_code)
+    config = read_config(folder, trust_remote_code)
     pad, start = (getattr(config, name, None) for name in ("pad_token_id", "decoder_start_token_id"))
     if pad is None or start is None:
         raise UserError(
@@ -217,22 +218,3 @@ def decoder_tokens(folder: Path, trust_remote_code: bool) -> tuple[int, int]:
             "what generates text needs both; set them to the tokens that the model was trained with"
         )
     return int(pad), int(start)
-
-
-def _config(folder: Path, trust_remote_code: bool) -> Any:
-    try:
-        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"transformers cannot read {folder}/config.json: {error}") from error
-
-
-def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    """The tokenizer that lies in a model's folder.
-
-    Raises:
-        UserError: there is none that transformers can load.
-    """
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{folder} holds no tokenizer that transformers can load: {error}") from error

@@ -4,7 +4,6 @@ import csv
 import logging
 import math
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +79,6 @@ def open_images(source: SourceConfig, labels: list[str]) -> tuple[Iterator[tuple
     table, rows, _ = _open(source, "image_field", "label_field")
     if not isinstance(table.features[source.image_field], datasets.Image):
         raise UserError(f"{source.image_field} of {source.path} holds no images: set image_field, or save it as Image")
-    if find_spec("PIL") is None:
-        raise UserError("images in files need Pillow: pip install 'mpruner-dist[vision]'")
     decoded = _labelled(table, rows, source, source.image_field, labels)
     return ((_pixels(image, source), label) for image, label in decoded), len(rows)
 

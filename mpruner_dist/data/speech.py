@@ -1,7 +1,6 @@
 """Recordings with what is said in each: a spectrum and a row of tokens a record."""
 
 import io
-import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import transformers
 from mpruner_dist.data.blocks import Ints, mask_of, padded
 from mpruner_dist.data.pairs import Targets
 from mpruner_dist.errors import UserError
+from mpruner_dist.runs.json_files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Ear:
     """
 
     def __init__(self, folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
         try:
             self.extractor: Any = transformers.AutoFeatureExtractor.from_pretrained(folder)
             self.rate, frames = int(self.extractor.sampling_rate), int(self.extractor.nb_max_frames)

@@ -12,8 +12,8 @@ from mpruner_dist.cluster.engine import in_its_number_type
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config
 from mpruner_dist.config.task import FACTS
-from mpruner_dist.data.blocks import batch_rows, num_batches, share_of_batches
-from mpruner_dist.data.readers import load_tokenizer
+from mpruner_dist.data.blocks import batch_rows, num_batches, turns_of
+from mpruner_dist.data.model_folder import load_tokenizer
 from mpruner_dist.models.generating import continued
 from mpruner_dist.tasks import task_of
 
@@ -50,15 +50,13 @@ def generate(worker: Worker, engine: Any, part: Any, config: Config, tell: Tell)
     longest = part.target_ids.shape[1] - part.prompt
     batches = num_batches(len(part), size)
     divided = worker.world_size > 1 and engine.zero_optimization_partition_weights()
-    mine, turns = share_of_batches(list(range(batches)), worker.rank, worker.world_size)
     said = torch.zeros(len(part), longest, dtype=torch.int64, device=worker.device)
     worker.begin_progress("generate", "batches", batches)
-    for turn in range(turns):
-        counted = turn < len(mine)  # else a turn taken only because ZeRO stage 3 needs everyone
-        rows = batch_rows(mine[turn] if counted else 0, size, len(part))
+    for turn, (batch, counts) in enumerate(turns_of(range(batches), worker.rank, worker.world_size)):
+        rows = batch_rows(batch, size, len(part))
         inputs = task_of(config.model).batch(part.rows(rows), worker.device).inputs
         tokens = continued(model, in_its_number_type(model, inputs), part.prompt, longest, together=divided)
-        if counted:
+        if counts:
             said[rows.start : rows.stop] = model.config.pad_token_id
             said[rows.start : rows.stop, : tokens.shape[1]] = tokens
         tell(min((turn + 1) * worker.world_size, batches))

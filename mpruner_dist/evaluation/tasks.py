@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mpruner_dist.config import TaskConfig
-from mpruner_dist.data.readers import load_tokenizer
+from mpruner_dist.data.model_folder import load_tokenizer
 from mpruner_dist.errors import StageFailure, UserError
 
 

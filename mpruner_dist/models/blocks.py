@@ -7,23 +7,6 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from mpruner_dist.errors import UserError
-
-
-def num_layers(config: Any) -> int:
-    """Blocks that the configuration asks for.
-
-    Raises:
-        UserError: a configuration without one plain number of layers.
-    """
-    number = getattr(config, "num_hidden_layers", None)
-    if not isinstance(number, int):
-        raise UserError(
-            f"a model of type {config.model_type!r} has no single stack of num_hidden_layers blocks: runs prune "
-            "decoders and encoders; `mpruner rewrite` takes layers out of any other"
-        )
-    return number
-
 
 def normalisations(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Batch normalisations: while they train, they gather running means and variances of what they see."""

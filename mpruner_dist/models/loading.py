@@ -7,30 +7,13 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from torch.overrides import TorchFunctionMode
 
+from mpruner_dist.data.model_folder import CONFIG_ERRORS, read_config
 from mpruner_dist.errors import UserError
-
-CONFIG_ERRORS = (
-    OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError, StrictDataclassError,
-)  # fmt: skip
-"""What the classes of transformers raise over a configuration that makes no sense."""
 
 LARGE = 1 << 24
 """Elements from which on a new tensor can only be a parameter."""
-
-
-def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The model's configuration, as its own class completes it.
-
-    Raises:
-        UserError: transformers cannot read it.
-    """
-    try:
-        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except CONFIG_ERRORS as error:
-        raise UserError(f"transformers {transformers.__version__} cannot read {folder}/config.json: {error}") from error
 
 
 def model_class(config: Any) -> Any:

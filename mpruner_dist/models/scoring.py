@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mpruner_dist.cluster.worker import Worker
-from mpruner_dist.data.blocks import batch_rows, num_batches, share_of_batches
+from mpruner_dist.data.blocks import batch_rows, num_batches, turns_of
 from mpruner_dist.data.parts import Part
 from mpruner_dist.errors import Fruitless
 from mpruner_dist.tasks import Batch, Task
@@ -42,15 +42,13 @@ def score_part(
         Fruitless: the likelihood is not finite.
     """
     batches = num_batches(len(part), batch_size)
-    mine, turns = share_of_batches(list(range(batches)), worker.rank, worker.world_size)
     sums = torch.zeros_like(task.tally(*forward(worker, engine, task, part.rows([0]))))  # a warm-up, outside the time
     worker.barrier()
     begun = time.monotonic()
-    for turn in range(turns):
-        counted = turn < len(mine)  # else a turn taken only because ZeRO stage 3 needs everyone
-        rows = part.rows(batch_rows(mine[turn] if counted else 0, batch_size, len(part)))
+    for turn, (batch, counts) in enumerate(turns_of(range(batches), worker.rank, worker.world_size)):
+        rows = part.rows(batch_rows(batch, batch_size, len(part)))
         tally = task.tally(*forward(worker, engine, task, rows))
-        if counted:
+        if counts:
             sums += tally
         tell(min((turn + 1) * worker.world_size, batches))
     worker.barrier()

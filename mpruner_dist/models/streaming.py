@@ -12,7 +12,7 @@ from mpruner_dist.checkpoints.header import TensorInfo
 from mpruner_dist.checkpoints.slices import TORCH_DTYPES, read_slice
 from mpruner_dist.cluster.partition import needs_whole_parameters, partition_parameters
 from mpruner_dist.cluster.settings import Settings
-from mpruner_dist.models.loading import read_config
+from mpruner_dist.data.model_folder import read_config
 from mpruner_dist.models.naming import model_names
 
 FLOATS = {"F64", "F32", "F16", "BF16"}

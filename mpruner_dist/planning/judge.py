@@ -15,7 +15,7 @@ from mpruner_dist.cluster.engine import start_deepspeed
 from mpruner_dist.cluster.settings import zero_stage
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config
-from mpruner_dist.data.blocks import num_batches, share_of_batches
+from mpruner_dist.data.blocks import num_batches, turns_of
 from mpruner_dist.data.parts import Part, load_part
 from mpruner_dist.models.blocks import plain_blocks, skipped
 from mpruner_dist.models.engines import forward_settings, inference_engine
@@ -107,15 +107,11 @@ class WorkersJudge:
         plans = list(dict.fromkeys(kept for kept, _ in pairs)) if self.divided else [None]
         for plan in plans:
             group = [number for number, (kept, _) in enumerate(pairs) if plan in (None, kept)]
-            mine, turns = share_of_batches(group, self.worker.rank, self.worker.world_size)
-            if not self.divided:
-                turns = len(mine)
-            for turn in range(turns):
-                counted = turn < len(mine)  # else a turn taken only because ZeRO stage 3 needs everyone
-                number = mine[turn] if counted else group[0]
-                nll = self._forward(*pairs[number])
-                if counted:
-                    found[number] = nll
+            for number, counts in turns_of(group, self.worker.rank, self.worker.world_size):
+                if counts:
+                    found[number] = self._forward(*pairs[number])
+                elif self.divided:
+                    self._forward(*pairs[number])
         self.worker.sum_over_workers(found)
         self.known |= dict(zip(pairs, found.tolist(), strict=True))
         if self.worker.is_first:

@@ -14,7 +14,6 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mpruner_dist.config import Config
-from mpruner_dist.config.plan import CLUSTERED
 from mpruner_dist.config.task import FACTS
 from mpruner_dist.plan import by_stack, format_layers, read_plan
 from mpruner_dist.reporting.choice import choice, reasons
@@ -185,9 +184,7 @@ def _draw(facts: Facts, config: Config) -> dict[str, str]:
     similarity, plan = facts["similarity"], facts["plan"]
     planned_by = similarity["updates"] if config.plan.measure == "updates" else similarity
     cka_LL, updates_LL = (_array(some["cka"]) for some in (similarity, similarity["updates"]))
-    budget = (config.plan.keep_layers or config.plan.target_parameters) and config.rounds is None
-    by_threshold = config.plan.method in CLUSTERED and not budget
-    threshold = config.plan.threshold if by_threshold else None
+    threshold = config.plan.threshold if config.goes_by_threshold else None
     figures = {
         "cka": similarity_figure(cka_LL, plan),
         "updates": similarity_figure(updates_LL, plan),

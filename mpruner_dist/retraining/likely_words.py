@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from mpruner_dist.cluster.worker import Worker
-from mpruner_dist.data.blocks import Blocks, share_of_batches
+from mpruner_dist.data.blocks import Blocks, turns_of
 from mpruner_dist.retraining.losses import Answer, LikelyWords
 from mpruner_dist.runs.commit import disk_errors, write_bytes
 from mpruner_dist.tasks import Task
@@ -84,12 +84,10 @@ def write_likely_words(
         missing: files to write, the same on all workers.
         at_once: blocks in a forward pass.
     """
-    mine, turns = share_of_batches(missing, worker.rank, worker.world_size)
     passes = -(-min(CHUNK, len(words.blocks)) // at_once)
     worker.begin_progress("teacher", "files", words.chunks, words.chunks - len(missing))
-    for turn in range(turns):
-        counted = turn < len(mine)  # else a turn taken only because ZeRO stage 3 needs everyone
-        rows = words.rows(mine[turn] if counted else missing[0])
+    for turn, (chunk, counts) in enumerate(turns_of(missing, worker.rank, worker.world_size)):
+        rows = words.rows(chunk)
         answers = []
         for index in range(passes):
             some = rows[index * at_once : (index + 1) * at_once]
@@ -97,8 +95,8 @@ def write_likely_words(
             likely = teacher(asked, task.batch(blocks.rows(asked), worker.device).inputs).likely
             if some and likely is not None:
                 answers.append(likely)
-        if counted:
-            words.write(mine[turn], LikelyWords(
+        if counts:
+            words.write(chunk, LikelyWords(
                 torch.cat([answer.words_BTK.cpu() for answer in answers]),
                 torch.cat([answer.log_probs_BTK1.cpu() for answer in answers]),
             ))  # fmt: skip

@@ -6,9 +6,8 @@ from typing import Any
 from mpruner_dist.config import DistillationConfig
 from mpruner_dist.config.task import FACTS
 from mpruner_dist.data.images import pixel_format
-from mpruner_dist.data.readers import load_tokenizer
+from mpruner_dist.data.model_folder import load_tokenizer, read_config
 from mpruner_dist.errors import UserError
-from mpruner_dist.models.loading import read_config
 
 
 def require_fitting_teacher(

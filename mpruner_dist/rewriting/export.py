@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from mpruner_dist.checkpoints.formats import open_checkpoint
+from mpruner_dist.data.model_folder import read_config
 from mpruner_dist.errors import UserError
 from mpruner_dist.exchange import foreign_form, layer_reduction, mergekit_plan, yaml_text
-from mpruner_dist.models.loading import empty_model, read_config
+from mpruner_dist.models.loading import empty_model
 from mpruner_dist.models.naming import block_prefix
 from mpruner_dist.models.stacks import run_stacks
 from mpruner_dist.plan import Keep, Plan

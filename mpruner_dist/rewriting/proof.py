@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from mpruner_dist.checkpoints.folder import INDEX_NAME, SINGLE_NAME, CheckpointFolder, read_checkpoint
+from mpruner_dist.data.model_folder import read_config
 from mpruner_dist.errors import StageFailure, UserError
 from mpruner_dist.models.blocks import skipped
-from mpruner_dist.models.loading import empty_model, key_problems, load_model, model_class, read_config
+from mpruner_dist.models.loading import empty_model, key_problems, load_model, model_class
 from mpruner_dist.models.stacks import Stack, run_blocks, run_stacks
 from mpruner_dist.rewriting.finished import LAYER_MAP
 

@@ -14,9 +14,10 @@ from mpruner_dist.checkpoints.formats import open_checkpoint
 from mpruner_dist.checkpoints.header import read_header
 from mpruner_dist.checkpoints.naming import layer_of
 from mpruner_dist.checkpoints.stored import StoredCheckpoint
+from mpruner_dist.data.model_folder import read_config
 from mpruner_dist.errors import UserError
 from mpruner_dist.models.config_fields import NEXT_TOKEN_FIELDS, renumber_names
-from mpruner_dist.models.loading import empty_model, key_problems, read_config
+from mpruner_dist.models.loading import empty_model, key_problems
 from mpruner_dist.models.naming import model_names, stack_prefix
 from mpruner_dist.models.serving import kinds_and_pattern
 from mpruner_dist.models.signature import FIRST_ONLY

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mpruner_dist.data.model_folder import CONFIG_ERRORS
 from mpruner_dist.errors import UserError
 from mpruner_dist.models.config_fields import STATES_OF_VISION, moved_state, shrink_fields
-from mpruner_dist.models.loading import CONFIG_ERRORS, empty_model
+from mpruner_dist.models.loading import empty_model
 from mpruner_dist.models.signature import Signature, differences, signatures
 from mpruner_dist.models.stacks import DepthField, Stack, config_at, find_stacks, run_stacks
 from mpruner_dist.plan import format_layers, nearest_matching

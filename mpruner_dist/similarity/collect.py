@@ -13,7 +13,7 @@ from mpruner_dist.cluster.settings import zero_stage
 from mpruner_dist.cluster.shape import GATHERED_PARAMETERS, ROOM, free_memory
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import CollectConfig, Config
-from mpruner_dist.data.blocks import batch_rows, share_of_batches
+from mpruner_dist.data.blocks import batch_rows, turns_of
 from mpruner_dist.data.parts import Part, load_part
 from mpruner_dist.errors import StageFailure, UserError
 from mpruner_dist.models.blocks import activations_per_token
@@ -79,9 +79,9 @@ class Collection:
         """Do this worker's share of the batches below `end` that nobody has saved, and save it."""
         worker = self.worker
         todo = worker.select_on_first(range(self.end, end), lambda batch: batch not in self.saved.terms)
-        share, turns = share_of_batches(todo, worker.rank, worker.world_size)
-        for turn in range(0, turns, self.at_once):
-            group = share[turn : turn + self.at_once]
+        turns = list(turns_of(todo, worker.rank, worker.world_size))
+        for turn in range(0, len(turns), self.at_once):
+            group = [batch for batch, counts in turns[turn : turn + self.at_once] if counts]
             if group:
                 self.fresh.merge(self._forward(group))
             else:  # a turn taken, and not counted, only because ZeRO stage 3 needs everyone

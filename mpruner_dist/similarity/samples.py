@@ -1,6 +1,6 @@
-"""What is compared: tokens, patches, images or whole sequences, and which of them a batch gives.
+"""What is compared: tokens, images or whole sequences, and which of them a batch gives.
 
-Shape suffixes: B sequences or images, T tokens or patches, N samples, D features.
+Shape suffixes: B sequences or images, T tokens, or places in an image, N samples, D features.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ class Samples:
 
     unit: str
     positions_N: Tensor
-    """Of a token or patch in the flattened batch; of a sequence or image in the batch. int64."""
+    """Of a token in the flattened batch; of a sequence or image in the batch. int64."""
     eligible_BT: Tensor
     """What a sequence is averaged over. bool."""
     seed: int
@@ -31,7 +31,7 @@ class Samples:
     @property
     def groups_N(self) -> Tensor:
         """The sequence or image that each sample comes from, int64."""
-        if self.unit in ("token", "patch"):
+        if self.unit == "token":
             return self.positions_N // self.eligible_BT.shape[1]
         return self.positions_N
 
@@ -43,7 +43,7 @@ class Samples:
         """Feature vectors [N, D] of the samples, in the dtype of `hidden`.
 
         Args:
-            hidden: [B, T, D], or [B, D, height, width] as convolutions make it. A patch of the latter is one pixel.
+            hidden: [B, T, D], or [B, D, height, width] as convolutions make it.
                 An image is all its features in a row, as MPruner takes it; a sequence is the mean of its tokens.
         """
         hidden_BTD = hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
@@ -79,7 +79,7 @@ def draw_samples(mask_BT: Tensor, config: CollectConfig, batch: int, of: str = "
     eligible_BT = mask_BT.bool().clone()
     if config.unit != "image":
         eligible_BT[:, : config.skip_tokens] = False
-    if config.unit in ("token", "patch"):
+    if config.unit == "token":
         positions = eligible_BT.flatten().nonzero().squeeze(1)
         # a short sentence is all the sample that this estimator knows
         least = MIN_SAMPLES if config.estimator == "sentence" else config.samples

@@ -25,8 +25,8 @@ def collect(road: Road) -> Step:
         inputs["settled"] = {"measure": plan.measure, "threshold": plan.threshold}
 
     def make() -> None:
+        from mpruner_dist.data.model_folder import read_config
         from mpruner_dist.data.parts import load_part
-        from mpruner_dist.models.loading import read_config
         from mpruner_dist.models.naming import layer_names
         from mpruner_dist.models.positions import require_positions
         from mpruner_dist.retraining.targets import require_targets

@@ -125,7 +125,8 @@ def _judged(road: Road, given: dict[str, Any]) -> Plan:
 
 
 def _pattern(road: Road) -> Any:
-    from mpruner_dist.models.loading import empty_model, read_config
+    from mpruner_dist.data.model_folder import read_config
+    from mpruner_dist.models.loading import empty_model
     from mpruner_dist.models.serving import kinds_and_pattern
     from mpruner_dist.rewriting.shrink import Skeleton, pattern_of_places
 

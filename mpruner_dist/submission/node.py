@@ -76,8 +76,9 @@ def keep_ray(address: str, temporary: Path) -> None:
                 return
             if "--head" in command:
                 raise StageFailure(f"node {name}: the head's Ray ended with code {code}")
-            log.warning("node %s: Ray ended with code %d; start %d of %d", name, code, start + 2, MAX_STARTS)
-            time.sleep(2)
+            if start + 1 < MAX_STARTS:
+                log.warning("node %s: Ray ended with code %d; start %d of %d", name, code, start + 2, MAX_STARTS)
+                time.sleep(2)
         # no failure of this task: with it, srun would end the others
         log.error("node %s: Ray ended %d times; the run must do without this node", name, MAX_STARTS)
     finally:
