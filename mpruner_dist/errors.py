@@ -4,6 +4,11 @@ Every exception here carries one string, so that it survives pickling between pr
 """
 
 
+def first_line(error: Exception) -> str:
+    """The first line of its message, else its name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class MPrunerError(Exception):
     """A failure with a message for the user; the command line prints it without a traceback."""
 

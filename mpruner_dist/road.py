@@ -91,15 +91,15 @@ class Road:
         return list((similarity["stacks"] or {"": len(similarity["layers"])}).values())
 
     def blocks(self, part: str) -> Path:
-        """The token blocks of a part of the text."""
+        """The blocks of a part of the data."""
         return self.data / f"{part}.safetensors"
 
     def text(self, part: str) -> str:
-        """Digest of the token blocks of a part of the text."""
+        """Digest of the blocks of a part of the data."""
         return str(self._part(part)["digest"])
 
     def num_blocks(self, part: str) -> int:
-        """How many token blocks a part of the text has."""
+        """How many blocks a part of the data has."""
         return int(self._part(part)["blocks"])
 
     def _part(self, part: str) -> dict[str, Any]:

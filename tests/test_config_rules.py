@@ -16,7 +16,8 @@ def test_the_fewest_workers_are_not_more_than_all(tmp_path: Path) -> None:
 
 def test_settled_needs_a_threshold_to_compare_with(tmp_path: Path) -> None:
     content = minimal() | {"collect": {"until": "settled"}, "plan": {"method": "partition", "keep_layers": 3}}
-    assert "which plan.method partition with a budget does not use: set plan.meth" in refusal(tmp_path, content)
+    assert "which plan.method partition does not use: set plan.meth" in refusal(tmp_path, content)
+    assert "which plan.method anchor with a budget does not" in refusal(tmp_path, content, "plan.method=anchor")
     assert load(tmp_path, content, "plan.method=anchor", "plan.keep_layers=null").collect.until == "settled"
 
 

@@ -196,7 +196,7 @@ def test_every_kind_of_source_gives_its_records_in_order(tmp_path: Path, kind: s
 def test_a_split_of_a_saved_set_is_taken(tmp_path: Path) -> None:
     path = str(write_texts(tmp_path, "saved with splits"))
     assert taken(path=path, split="test") == TEXTS[:1]
-    with pytest.raises(UserError, match=r"cannot read text from .*split nosuch"):
+    with pytest.raises(UserError, match=r"cannot read .*split nosuch"):
         open_source(SourceConfig(path=path, split="nosuch"))
 
 

@@ -16,7 +16,7 @@ from mpruner_dist.models.serving import PATTERNS, kinds_and_pattern, portability
 from mpruner_dist.models.stacks import run_stacks
 from mpruner_dist.plan import nearest_matching
 from mpruner_dist.planning.planner import make_plan
-from mpruner_dist.rewriting.export import export_plan
+from mpruner_dist.rewriting.export import export_plan, require_one_stack
 from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
 
 
@@ -34,7 +34,7 @@ def test_a_plan_comes_back_from_every_form(tmp_path: Path, kept: list[int]) -> N
     with pytest.raises(UserError, match=r"end it in \.yaml for mergekit or in \.json for DeepSpeed"):
         export_plan(tmp_path / "model", kept, tmp_path / "plan.txt")
     with pytest.raises(UserError, match="stacks by name"):
-        export_plan(tmp_path / "model", {"layers": kept}, tmp_path / "plan.yaml")
+        require_one_stack(tmp_path / "model", {"layers": kept}, tmp_path / "plan.yaml")
 
 
 @pytest.mark.parametrize("family", ["t5", "resnet"])

@@ -15,7 +15,8 @@ from conftest import Mpruner, make_text, write_config
 from ray.cluster_utils import Cluster
 from test_resume import wait_for
 
-from mpruner_dist.cluster.placement import Node, choose_device, cpus_each
+from mpruner_dist.cluster.nodes import Node
+from mpruner_dist.cluster.placement import choose_device, cpus_each
 from mpruner_dist.cluster.session import RaySession
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import ClusterConfig
@@ -31,7 +32,10 @@ SYSTEM = {
 
 
 def nodes(*each: tuple[int, int]) -> list[Node]:
-    return [Node(f"10.0.0.{number}", {"CPU": cpus, "GPU": gpus}) for number, (cpus, gpus) in enumerate(each)]
+    return [
+        Node(f"{number}", f"n{number}", f"10.0.0.{number}", {"CPU": cpus, "GPU": gpus})
+        for number, (cpus, gpus) in enumerate(each)
+    ]
 
 
 def test_a_worker_is_on_one_node() -> None:

@@ -18,7 +18,8 @@ from ray.cluster_utils import Cluster
 
 from mpruner_dist.cluster import probe
 from mpruner_dist.cluster.look import contents, exchange
-from mpruner_dist.cluster.probe import Node, nodes_alive, require_same_view
+from mpruner_dist.cluster.nodes import Node, working_nodes
+from mpruner_dist.cluster.probe import require_same_view
 from mpruner_dist.cluster.session import RaySession
 from mpruner_dist.config import ClusterConfig
 from mpruner_dist.errors import StageFailure
@@ -58,7 +59,7 @@ def two_nodes(tmp_path: Path) -> Iterator[Join]:
         session.connect()
         others.append(join(head.address, mounts, *arguments))
         until = time.monotonic() + 90
-        while len(nodes_alive()) <= len(others):
+        while len(working_nodes()) <= len(others):
             assert time.monotonic() < until, "the new node does not come"
             time.sleep(0.2)
         session.shared = tmp_path / "run"
@@ -86,10 +87,10 @@ def test_nodes_that_see_the_same_are_asked_once_and_new_ones_when_they_come(
     monkeypatch.setattr("mpruner_dist.cluster.session.require_same_view", lambda nodes, *_: asked.append(nodes))
     session.connect()
     assert asked == []
-    known = set(nodes_alive())
+    known = set(working_nodes())
     two_nodes("true")  # one more
     session.connect()
-    assert [set(nodes) for nodes in asked] == [set(nodes_alive()) - known]
+    assert [set(nodes) for nodes in asked] == [set(working_nodes()) - known]
 
 
 @pytest.mark.ray
@@ -135,7 +136,7 @@ def test_a_node_that_may_not_write_and_one_that_hangs(
     two_nodes: Join, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = two_nodes('mount --bind "$1" "$1" && mount -o remount,ro,bind "$1"', tmp_path / "run")
-    nodes = nodes_alive()
+    nodes = working_nodes()
     with pytest.raises(StageFailure, match=r"1 of 2 nodes (?s:.*)cannot be written to from there: Read-only"):
         session.connect()
 

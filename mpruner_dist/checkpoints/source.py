@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mpruner_dist.errors import UserError
+from mpruner_dist.errors import UserError, first_line
 
 COMPANIONS = ["*.json", "*.model", "*.txt", "*.jinja", "*.py", "*.spm", "*.codes", "*.tiktoken"]
 
@@ -28,5 +28,5 @@ def resolve_source(path: str, revision: str | None) -> Path:
             fetched = Path(snapshot_download(path, revision=revision, allow_patterns=older))
         return fetched
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"model {path!r} is no folder here, and the hub does not give it: {reason}") from error
+        told = first_line(error)
+        raise UserError(f"model {path!r} is no folder here, and the hub does not give it: {told}") from error

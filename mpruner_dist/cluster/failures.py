@@ -11,7 +11,7 @@ from ray.train import ControllerError, TrainingFailedError, UserCallback, Worker
 
 from mpruner_dist.cluster import preemption
 from mpruner_dist.cluster.worker import end_of_group, worker_note
-from mpruner_dist.errors import MPrunerError, Preempted, StageFailure
+from mpruner_dist.errors import MPrunerError, Preempted, StageFailure, first_line
 
 NODE_DEATH_S = 60
 """Ray's default settings take less to call a node dead that does not answer."""
@@ -109,8 +109,3 @@ def _who(rank: int, note: dict[str, Any]) -> str:
 
 def _at(note: dict[str, Any]) -> str:
     return f" at {note['doing']}" if "doing" in note else ""
-
-
-def first_line(error: Exception) -> str:
-    """The first line of its message, else its name."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,6 +10,7 @@ import ray
 from ray.util import placement_group, remove_placement_group
 
 from mpruner_dist.cluster import preemption
+from mpruner_dist.cluster.nodes import Node, Resources, living_nodes
 from mpruner_dist.config import ClusterConfig
 from mpruner_dist.errors import StageFailure
 
@@ -17,7 +18,6 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 3
 """So long a cluster with free resources may take to say that it has reserved them."""
-Resources = dict[str, float]
 Usable = Callable[[int], bool]
 
 
@@ -33,23 +33,6 @@ class Place:
     def resources(self) -> Resources:
         """What a worker asks of its node."""
         return {"CPU": self.cpus, "GPU": 1} if self.device == "cuda" else {"CPU": self.cpus}
-
-
-@dataclass(frozen=True)
-class Node:
-    """A living node: its address and all that it has, free or not."""
-
-    address: str
-    has: Resources
-
-    def holds(self, each: Resources) -> int:
-        """How many workers it holds when nobody else uses it."""
-        return min(int(self.has.get(name, 0) // amount) for name, amount in each.items())
-
-
-def living_nodes() -> list[Node]:
-    """Nodes of the cluster that this process has joined."""
-    return [Node(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
 def choose_device(config: ClusterConfig, nodes: list[Node]) -> str:

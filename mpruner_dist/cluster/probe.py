@@ -5,7 +5,6 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mpruner_dist.cluster import look
+from mpruner_dist.cluster.nodes import Node
 from mpruner_dist.errors import StageFailure
 
 log = logging.getLogger(__name__)
@@ -21,23 +21,6 @@ DEADLINE_S = 120.0
 """A node that says nothing for so long hangs: starting Python from cold storage takes less."""
 
 ray.cloudpickle.register_pickle_by_value(look)  # a node may not have this package, and shall be able to say so
-
-
-@dataclass(frozen=True)
-class Node:
-    """A node of a Ray cluster."""
-
-    id: str
-    host: str
-
-    def __str__(self) -> str:
-        return f"{self.host} (node {self.id[:8]})"
-
-
-def nodes_alive() -> list[Node]:
-    """The nodes that work can run on; a head without CPUs gets none."""
-    known = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
-    return sorted((Node(node["NodeID"], node["NodeManagerHostname"]) for node in known), key=str)
 
 
 def on_each(

@@ -16,12 +16,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from mpruner_dist.cluster import preemption
 from mpruner_dist.cluster.address import cluster_address, require_listener
-from mpruner_dist.cluster.failures import LeaveWordOfEnd, explain, first_line
-from mpruner_dist.cluster.placement import Place, Usable, choose_device, find_place, living_nodes
-from mpruner_dist.cluster.probe import Node, nodes_alive, require_same_view
+from mpruner_dist.cluster.failures import LeaveWordOfEnd, explain
+from mpruner_dist.cluster.nodes import Node, living_nodes, working_nodes
+from mpruner_dist.cluster.placement import Place, Usable, choose_device, find_place
+from mpruner_dist.cluster.probe import require_same_view
 from mpruner_dist.cluster.worker import Job, Worker, said, stop_request, worker_note
 from mpruner_dist.config import ClusterConfig
-from mpruner_dist.errors import MPrunerError, StageFailure
+from mpruner_dist.errors import MPrunerError, StageFailure, first_line
 from mpruner_dist.logs import ProgressWriter, show_progress
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class RaySession:
 
     def _probe(self, shared: Path) -> None:
         """Ask the nodes that have not been asked, also those that joined since."""
-        nodes = nodes_alive()
+        nodes = working_nodes()
         new = [node for node in nodes if node not in self._probed]
         if len(nodes) > 1 and new:
             require_same_view(new, shared, self.folders)

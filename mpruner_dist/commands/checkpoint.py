@@ -67,12 +67,13 @@ def rewrite(
     given: dict[str, Any] = {"config_folder": config_folder, "preserve_pattern": preserve_pattern}
     given["trust_remote_code"] = trust_remote_code
     folder = resolve_source(source, None)
+    layers: list[int] = []
     if export:
         from mpruner_dist.rewriting.export import require_one_stack
 
-        require_one_stack(folder, kept, export, config_folder, trust_remote_code)  # before the work
+        layers = require_one_stack(folder, kept, export, config_folder, trust_remote_code)  # before the work
     request = Request(open_checkpoint(folder, config_folder).fingerprint(), kept, size, drop_mtp, preserve_pattern)
-    if not universal and not export and is_finished(request, target):  # before the seconds that torch takes to start
+    if not universal and is_finished(request, target):  # before the seconds that torch takes to start
         typer.echo(f"{target}: done before")
     elif universal:
         from mpruner_dist.rewriting.universal import rewrite_universal
@@ -87,7 +88,7 @@ def rewrite(
     if export:
         from mpruner_dist.rewriting.export import export_plan
 
-        export_plan(folder, kept, export, config_folder, trust_remote_code)
+        export_plan(folder, layers, export, config_folder, trust_remote_code)
         typer.echo(f"{export}: the plan for {foreign_form(export)}")
 
 

@@ -22,7 +22,7 @@ class ModelConfig(Section):
 
 
 class SourceConfig(Section):
-    """One part of the text."""
+    """One part of the data."""
 
     path: str
     """A file or folder of .txt, .jsonl, .json, .csv or .parquet, a saved `datasets` folder, or a `datasets` id; of
@@ -60,7 +60,7 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
-    """The four parts of the text. They must not overlap: what is fitted to must not be tested on."""
+    """The four parts of the data. They must not overlap: what is fitted to must not be tested on."""
 
     block_size: Annotated[int, Field(ge=8)] = 512
     """Tokens in a sequence; of text-classification and sequence-to-sequence, at most so many, and longer texts are

@@ -1,1 +1,1 @@
-"""Text to token blocks: sources, tokenising, packing, batches with global ids."""
+"""Text, images and recordings to blocks of tokens, pixels and spectra: sources, reading, batches with global ids."""

@@ -13,7 +13,7 @@ import numpy as np
 from mpruner_dist.config import SourceConfig
 from mpruner_dist.data.images import Bytes, idx_records
 from mpruner_dist.data.labelled import label_number, numbered_alike
-from mpruner_dist.errors import UserError
+from mpruner_dist.errors import UserError, first_line
 
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -210,8 +210,7 @@ def _load(source: SourceConfig, images: bool) -> tuple[Any, str | None]:
         table = datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
         return table, "\n\n" if kind == "text" else None
     except (OSError, ValueError, KeyError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot read text from {source.path} (split {source.split}): {reason}") from error
+        raise UserError(f"cannot read {source.path} (split {source.split}): {first_line(error)}") from error
 
 
 def _require_one_split(source: SourceConfig) -> None:

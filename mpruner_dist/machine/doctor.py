@@ -13,7 +13,8 @@ from typing import Any
 
 from mpruner_dist.cluster import look
 from mpruner_dist.cluster.address import cluster_address
-from mpruner_dist.cluster.probe import DEADLINE_S, nodes_alive, on_each, require_same_view
+from mpruner_dist.cluster.nodes import working_nodes
+from mpruner_dist.cluster.probe import DEADLINE_S, on_each, require_same_view
 from mpruner_dist.cluster.session import RaySession
 from mpruner_dist.config import ClusterConfig
 from mpruner_dist.errors import MPrunerError, StageFailure, UserError
@@ -91,10 +92,10 @@ class _Trial:
         self.session.connect()
         where = "joined the cluster" if cluster_address(self.session.config) else "started on this machine"
         have = self.session.resources()
-        return f"{where}: {len(nodes_alive())} node(s), {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs"
+        return f"{where}: {len(working_nodes())} node(s), {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs"
 
     def nodes(self) -> str:
-        nodes = nodes_alive()
+        nodes = working_nodes()
         if self.shared is None and len(nodes) > 1:
             raise StageFailure(
                 f"the cluster has {len(nodes)} nodes: give --run-dir a folder on storage that all of them share"
@@ -105,7 +106,7 @@ class _Trial:
 
     def compiler(self) -> str:
         """DeepSpeed compiles its collective for CPUs; on GPUs only what the user's JSON asks for."""
-        said, wrong = on_each(nodes_alive(), look.tools, lambda _: (str(Path(sys.executable).parent),), DEADLINE_S)
+        said, wrong = on_each(working_nodes(), look.tools, lambda _: (str(Path(sys.executable).parent),), DEADLINE_S)
         lacking = [f"{node} {problem}" for node, problem in wrong.items()]
         for node, tools in said.items():
             missing = [tool for tool, there in tools.items() if not there]

@@ -1,1 +1,1 @@
-"""From a CKA matrix to the layers that are kept. No torch, no processes."""
+"""From a CKA matrix to the layers that are kept. No torch, no processes, but for `judge`."""

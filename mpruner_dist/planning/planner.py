@@ -10,7 +10,7 @@ import numpy as np
 from mpruner_dist.config import PlanConfig
 from mpruner_dist.config.plan import JUDGED
 from mpruner_dist.errors import UserError
-from mpruner_dist.plan import Plan, nearest_matching, read_plan
+from mpruner_dist.plan import Plan, by_stack, nearest_matching, read_plan
 from mpruner_dist.planning.budget import Budget, protected_layers
 from mpruner_dist.planning.clusters import apart, stack_starts
 from mpruner_dist.planning.greedy import greedy
@@ -134,8 +134,7 @@ def _nearest(kept: list[int], pattern: Pattern, stacks: Sequence[int], protected
     have, need = pattern
     found: list[int] = []
     first = 0
-    for depth in stacks:
-        mine = [layer - first for layer in kept if first <= layer < first + depth]
+    for depth, mine in zip(stacks, by_stack(kept, stacks), strict=True):
         some = nearest_matching(have[first : first + depth], need[first : first + len(mine)], mine)
         if some is None:
             raise UserError(f"plan.preserve_pattern: no {len(mine)} layers keep the pattern of kinds; keep more layers")

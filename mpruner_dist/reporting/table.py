@@ -1,4 +1,4 @@
-"""The result of a run as rows of text, and as a table on the terminal. Every number of a report is formatted here."""
+"""The result of a run as rows of text, and as a table on the terminal. Its numbers are formatted here."""
 
 import json
 from pathlib import Path

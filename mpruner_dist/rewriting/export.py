@@ -35,14 +35,9 @@ def require_one_stack(
 
 
 def export_plan(
-    source: Path, kept: Keep, file: Path, config_folder: Path | None = None, trust_remote_code: bool = False
+    source: Path, layers: list[int], file: Path, config_folder: Path | None = None, trust_remote_code: bool = False
 ) -> None:
-    """Write the plan for a checkpoint as mergekit (.yaml) or DeepSpeed (.json) has it.
-
-    Raises:
-        UserError: as `require_one_stack`.
-    """
-    layers = require_one_stack(source, kept, file, config_folder, trust_remote_code)
+    """Write which layers of a checkpoint's only stack stay, as mergekit (.yaml) or DeepSpeed (.json) has it."""
     form = foreign_form(file)
     checkpoint = open_checkpoint(source, config_folder)
     config = read_config(checkpoint.companions, trust_remote_code)

@@ -13,6 +13,15 @@ from mpruner_dist.runs import digest
 LAYER_MAP = "layer_map.json"
 
 
+def layer_map(kept: dict[str, list[int]]) -> dict[str, Any]:
+    """Its content, from what is kept of each stack; of several stacks, by name."""
+    maps = {
+        stack: {"old_to_new": {str(old): new for new, old in enumerate(layers)}, "new_to_old": layers}
+        for stack, layers in kept.items()
+    }
+    return next(iter(maps.values())) if len(maps) == 1 else {"stacks": maps}
+
+
 @dataclass(frozen=True)
 class Request:
     """What the content of a rewritten checkpoint follows from."""

@@ -23,7 +23,7 @@ from mpruner_dist.models.serving import kinds_and_pattern
 from mpruner_dist.models.signature import FIRST_ONLY
 from mpruner_dist.models.stacks import choose_stacks, find_stacks, run_stacks
 from mpruner_dist.plan import Keep, Plan, by_stack, format_layers, nearest_matching
-from mpruner_dist.rewriting.finished import LAYER_MAP, Request, is_finished
+from mpruner_dist.rewriting.finished import LAYER_MAP, Request, is_finished, layer_map
 from mpruner_dist.rewriting.layout import ShardCopy, StackNames, copy_shard, new_names, plan_copies
 from mpruner_dist.rewriting.proof import Claim, prove
 from mpruner_dist.rewriting.shrink import Kept, Skeleton, shrink
@@ -49,6 +49,11 @@ class Rewrite:
     renamed: dict[str, str]
     strange: set[str]
     """Tensors, as the model names them, that the original's model did not ask for either."""
+
+    @property
+    def kept_by_name(self) -> dict[str, list[int]]:
+        """What is kept, by the names of the stacks."""
+        return {stack.name: layers for stack, layers in self.kept.items()}
 
 
 @dataclass(frozen=True)
@@ -221,7 +226,7 @@ def _write_descriptions(folder: Path, copies: list[ShardCopy], rewrite: Rewrite,
     write_json(folder / "config.json", with_tagged_floats(rewrite.stored))
     if len(copies) > 1:
         write_json(folder / INDEX_NAME, index_json({copy.target.name: read_header(copy.target) for copy in copies}))
-    write_json(folder / LAYER_MAP, layer_map(rewrite.kept) | {"request": request.digest})
+    write_json(folder / LAYER_MAP, layer_map(rewrite.kept_by_name) | {"request": request.digest})
 
 
 def layers_by_stack(model: Any, plan: Plan) -> Kept:
@@ -235,15 +240,6 @@ def layers_by_stack(model: Any, plan: Plan) -> Kept:
     if plan.num_layers != depth:
         raise UserError(f"the plan is for {plan.num_layers} layers, the model has {depth}")
     return dict(zip(stacks, by_stack(plan.kept, [stack.depth for stack in stacks]), strict=True))
-
-
-def layer_map(kept: Kept) -> dict[str, Any]:
-    """Content of `layer_map.json`; of several stacks, by name."""
-    maps = {
-        stack.name: {"old_to_new": {str(old): new for new, old in enumerate(layers)}, "new_to_old": layers}
-        for stack, layers in kept.items()
-    }
-    return next(iter(maps.values())) if len(maps) == 1 else {"stacks": maps}
 
 
 def copy_companions(source: Path, folder: Path, kept: Kept) -> None:

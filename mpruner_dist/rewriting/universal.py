@@ -10,8 +10,8 @@ from mpruner_dist.checkpoints.zero_files import frozen_names, require_every_rank
 from mpruner_dist.cluster.universal import convert_to_universal, prune_universal
 from mpruner_dist.errors import UserError
 from mpruner_dist.plan import Keep
-from mpruner_dist.rewriting.finished import LAYER_MAP, Request, is_made_by
-from mpruner_dist.rewriting.rewrite import Options, copy_companions, layer_map, prepare, require_target
+from mpruner_dist.rewriting.finished import LAYER_MAP, Request, is_made_by, layer_map
+from mpruner_dist.rewriting.rewrite import Options, copy_companions, prepare, require_target
 from mpruner_dist.runs.commit import commit_folder, disk_errors, require_space, write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -69,5 +69,5 @@ def rewrite_universal(
         copy_companions(checkpoint.companions, partial, rewrite.kept)
     write_text(partial / LATEST, step.name)
     write_json(partial / "config.json", with_tagged_floats(rewrite.stored))
-    write_json(partial / LAYER_MAP, layer_map(rewrite.kept) | {"request": request.digest})
+    write_json(partial / LAYER_MAP, layer_map(rewrite.kept_by_name) | {"request": request.digest})
     commit_folder(partial, target)

@@ -1,7 +1,4 @@
-"""Nothing half-written is ever seen: write to a temporary name, flush to disk, rename.
-
-Nobody else in the package renames.
-"""
+"""Nothing half-written is ever seen: write to a temporary name, flush to disk, rename."""
 
 import errno
 import json

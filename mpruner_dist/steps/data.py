@@ -14,7 +14,7 @@ TOKENIZERS = ("*token*", "*.spm", "*.model", "*.codes", "vocab.*", "merges.txt",
 
 
 def data(road: Road) -> Step:
-    """Text to token blocks."""
+    """Sources to the blocks that the model is given."""
     from mpruner_dist.data.needed import blocks_needed
 
     readers = {file for pattern in TOKENIZERS for file in road.source.glob(pattern)}

@@ -8,6 +8,7 @@ from typing import Any
 
 from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.plan import Plan, by_stack, read_plan
+from mpruner_dist.rewriting.finished import layer_map
 from mpruner_dist.road import Road, Step
 from mpruner_dist.runs.commit import commit_folder, write_bytes, write_json
 from mpruner_dist.runs.digest import file_digest
@@ -42,7 +43,7 @@ def result(road: Road) -> Step:
             for name in files:
                 write_bytes(road.folder / name, (last / name).read_bytes())
             for name in folders:
-                _link_folder(last / name, road.folder / name, _layer_map(road, plan))
+                _link_folder(last / name, road.folder / name, layer_map(_kept_by_name(road, plan)))
 
     return inputs, outputs, make
 
@@ -64,17 +65,10 @@ def _plan_in_original_layers(road: Road, accepted: list[dict[str, Any]]) -> Plan
     return Plan.keeping(depth, kept, reasons=reasons, method=road.config.plan.method)
 
 
-def _layer_map(road: Road, plan: Plan) -> dict[str, Any]:
-    """The original's layers in the form that rewriting writes; of several stacks, by name, each counted from 0."""
-    stacks = json.loads((road.folder / "cka.json").read_text())["stacks"]
-    if not stacks:
-        return _numbers(plan.kept)
-    kept = zip(stacks, by_stack(plan.kept, stacks.values()), strict=True)
-    return {"stacks": {name: _numbers(layers) for name, layers in kept}}
-
-
-def _numbers(kept: list[int]) -> dict[str, Any]:
-    return {"old_to_new": {str(old): new for new, old in enumerate(kept)}, "new_to_old": kept}
+def _kept_by_name(road: Road, plan: Plan) -> dict[str, list[int]]:
+    """The original's layers, by stack, in each counted from 0."""
+    stacks = json.loads((road.folder / "cka.json").read_text())["stacks"] or {"": plan.num_layers}
+    return dict(zip(stacks, by_stack(plan.kept, stacks.values()), strict=True))
 
 
 def _link_folder(source: Path, target: Path, layer_map: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from mpruner_dist.config_file import load_config
-from mpruner_dist.errors import MPrunerError, Preempted, StageFailure, UserError
+from mpruner_dist.errors import MPrunerError, Preempted, StageFailure, UserError, first_line
 from mpruner_dist.submission.portable import portable
 
 log = logging.getLogger(__name__)
@@ -153,18 +153,18 @@ def _refusals(address: str, job: str | None = None) -> Iterator[None]:
         yield
     except AuthenticationError as error:
         raise UserError(
-            f"the Ray cluster at {address} refuses: {_first_line(error)}. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN "
+            f"the Ray cluster at {address} refuses: {first_line(error)}. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN "
             "or RAY_AUTH_TOKEN_PATH (default ~/.ray/auth_token) to the cluster's token"
         ) from error
     except ConnectionError as error:
         raise StageFailure(
             f"nobody answers at {address}: is it the address of the dashboard, can this machine reach it, and was Ray "
-            f"installed as ray[default] on the head? ({_first_line(error)})"
+            f"installed as ray[default] on the head? ({first_line(error)})"
         ) from error
     except (OSError, RuntimeError, ValueError) as error:
         if job and "404" in str(error):
             raise UserError(f"the Ray cluster at {address} knows no job {job}; `ray job list` names them") from error
-        raise StageFailure(f"the Ray cluster at {address} refuses: {_first_line(error)}") from error
+        raise StageFailure(f"the Ray cluster at {address} refuses: {first_line(error)}") from error
 
 
 def _follow(client: Any, job: str, address: str) -> int:
@@ -188,7 +188,7 @@ async def _print_log(client: Any, job: str) -> None:
             sys.stdout.write(lines)
             sys.stdout.flush()
     except (aiohttp.ClientError, RuntimeError, OSError) as error:
-        log.warning("the log of %s broke off (%s); waiting for its end", job, _first_line(error))
+        log.warning("the log of %s broke off (%s); waiting for its end", job, first_line(error))
 
 
 def _await_end(client: Any, job: str) -> Any:
@@ -208,7 +208,3 @@ def _exit_code(details: Any) -> int:
     if state == "FAILED" and not (code and 0 < code < 256):
         return MPrunerError.exit_code
     return int(code or 0)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
