@@ -219,6 +219,8 @@ def test_parts_may_touch_but_not_overlap(tmp_path: Path) -> None:
     content["data"]["validation"]["take"] = [0.69, 0.8]
     message = refusal(tmp_path, content)
     assert "train takes [0.1, 0.7] and validation takes [0.69, 0.8] of the same 'corpus'" in message
+    content["data"]["validation"]["path"] = "../" + Path.cwd().name + "/./corpus"
+    assert "train takes [0.1, 0.7] and validation takes [0.69, 0.8] of the same" in refusal(tmp_path, content)
     content["data"]["validation"]["split"] = "another"
     assert load(tmp_path, content).data.validation
 

@@ -153,7 +153,7 @@ def test_grey_of_all_kinds_stays_grey(tmp_path: Path) -> None:
     assert (read(Image.fromarray(halves).convert("LA"), "clear") == halves).all()
 
 
-def test_images_that_cannot_be_read_are_refused_by_name(tmp_path: Path) -> None:
+def test_images_that_cannot_be_read_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dark, light = (tmp_path / "files" / name for name in CLASSES)
     dark.mkdir(parents=True)
     light.mkdir()
@@ -169,6 +169,11 @@ def test_images_that_cannot_be_read_are_refused_by_name(tmp_path: Path) -> None:
     (light / "0.png").write_bytes(whole[:behind_header] + chunk + whole[behind_header:])
     with pytest.raises(UserError, match=r"image of record 1 of .*files cannot be read: .*, in .*light/0\.png"):
         list(open_images(source, CLASSES)[0])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    (light / "0.png").write_bytes(whole)
+    with pytest.raises(UserError, match=r"image of record 0 of .*files cannot be read: Image size .* exceeds limit"):
+        list(open_images(source, CLASSES)[0])
+    monkeypatch.undo()
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     table = datasets.Dataset.from_dict({"image": [None], "label": [0]}, features=features)
     table.save_to_disk(tmp_path / "saved")

@@ -1,5 +1,6 @@
 """The sections `model` and `data`."""
 
+from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
@@ -52,11 +53,10 @@ class SourceConfig(Section):
 
     def overlaps(self, other: "SourceConfig") -> bool:
         """Whether both take some record of the same source."""
-        return (
-            (self.path, self.name, self.split) == (other.path, other.name, other.split)
-            and self.take[0] < other.take[1]
-            and other.take[0] < self.take[1]
+        mine, theirs = (
+            (Path(source.path).expanduser().resolve(), source.name, source.split) for source in (self, other)
         )
+        return mine == theirs and self.take[0] < other.take[1] and other.take[0] < self.take[1]
 
 
 class DataConfig(Section):

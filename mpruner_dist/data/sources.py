@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from PIL import Image
 
 from mpruner_dist.config import SourceConfig
 from mpruner_dist.data.images import Bytes, idx_records
@@ -147,7 +148,7 @@ def _labelled(
         where = f"{field} of record {row} of {source.path}"
         try:
             record = table[row]
-        except (OSError, SyntaxError, ValueError) as error:  # an image is decoded here; Pillow raises all of them
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises all of them
             raise UserError(f"{where} cannot be read: {error}{_file_of(table, row, field)}") from error
         if record[field] is None and field == source.image_field:
             raise UserError(f"{where} is missing: take the record out")
