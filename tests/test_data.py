@@ -315,5 +315,6 @@ def test_too_little_text_is_told_with_both_counts(tmp_path: Path) -> None:
 
 def test_a_folder_without_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match=r"bare holds no tokenizer"):
         prepare(config_for(tmp_path), tmp_path / "bare", tmp_path / "data")
