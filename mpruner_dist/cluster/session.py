@@ -87,6 +87,8 @@ class RaySession:
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         # Ray hands the interpreter's path to a shell as it is; a space in it would cut it in two.
         runtime_env = {"py_executable": shlex.quote(sys.executable)} if " " in sys.executable else {}
+        # how often Ray Train looks whether the workers are done: its own 2 s are a tenth of a short stage
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
         for name in ("ray", "ray.train", "ray._private"):
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
