@@ -26,14 +26,14 @@ SIZES = {  # of llama models: hidden, intermediate, layers, heads, key-value hea
 }
 
 
-def make_checkpoint(folder: Path, size: str, **changes: int) -> int:
+def make_checkpoint(folder: Path, size: str) -> int:
     """Write a llama in bfloat16 with a tokenizer of whole words; returns its parameters."""
     folder.mkdir(parents=True, exist_ok=True)
     hidden, intermediate, layers, heads, kv_heads, vocabulary = SIZES[size]
     settings = {
         "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocabulary,
-    } | changes  # fmt: skip
+    }  # fmt: skip
     config = transformers.LlamaConfig(**settings, max_position_embeddings=4096, dtype="bfloat16", pad_token_id=0)
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
