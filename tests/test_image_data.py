@@ -10,9 +10,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.numpy import load_file
 from test_images import CLASSES, some_images, write_idx
 
 from mpruner_dist.config import SourceConfig
@@ -184,6 +185,23 @@ def test_images_that_cannot_be_read_are_refused_by_name(tmp_path: Path, monkeypa
     table.save_to_disk(tmp_path / "floats")
     with pytest.raises(UserError, match="an image of Pillow's mode F, whose pixels have no known range"):
         list(open_images(SourceConfig(path=str(tmp_path / "floats")), CLASSES)[0])
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 5), st.integers(1, 3), st.integers(1, 7))
+def test_a_part_is_a_safetensors_file(tmp_path: Path, count: int, channels: int, width: int) -> None:
+    draw = np.random.default_rng(count)
+    pixels = draw.integers(0, 256, (count, channels, width, width)).astype(np.uint8).swapaxes(2, 3)  # not contiguous
+    part = LabelledImages(
+        pixels, np.arange(count, dtype=np.int32), np.zeros(channels, np.float32), np.ones(channels, np.float32)
+    )
+    save_part(tmp_path / "part.safetensors", part)
+    read, expected = load_file(tmp_path / "part.safetensors"), part.tensors()
+    assert read.keys() == expected.keys()
+    for name, value in expected.items():
+        assert read[name].dtype == value.dtype
+        assert np.array_equal(read[name], value)
+    assert np.array_equal(load_part(tmp_path / "part.safetensors").pixels, pixels)
 
 
 def test_a_gzipped_idx_file_with_a_changed_byte_is_refused(tmp_path: Path) -> None:

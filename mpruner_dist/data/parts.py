@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
-from safetensors.numpy import save
 
 from mpruner_dist.data.blocks import Blocks
 from mpruner_dist.data.images import LabelledImages
@@ -16,7 +16,10 @@ from mpruner_dist.data.labelled import LabelledTexts
 from mpruner_dist.data.pairs import Pairs
 from mpruner_dist.data.speech import Speech
 from mpruner_dist.errors import UserError
-from mpruner_dist.runs.commit import write_bytes
+from mpruner_dist.runs.commit import write_file
+
+DTYPES = {"uint8": "U8", "int32": "I32", "float32": "F32"}
+"""What safetensors calls the number types of parts."""
 
 
 class Part(Protocol):
@@ -39,8 +42,20 @@ class Part(Protocol):
 
 
 def save_part(path: Path, part: Part) -> None:
-    """Write a part whole or not at all."""
-    write_bytes(path, save(part.tensors()))
+    """Write a part as safetensors, whole or not at all.
+
+    Not by that library, which holds two copies of it in memory; images may be as large as half of that is.
+    """
+    arrays = {name: np.ascontiguousarray(value) for name, value in part.tensors().items()}
+    arrays = dict(sorted(arrays.items(), key=lambda item: -item[1].itemsize))  # so that all are aligned
+    header, end = {}, 0
+    for name, value in arrays.items():
+        begin, end = end, end + value.nbytes
+        header[name] = {"dtype": DTYPES[value.dtype.name], "shape": value.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    contents = (value.reshape(-1).view(np.uint8).data for value in arrays.values())
+    write_file(path, chain([len(text).to_bytes(8, "little"), text], contents))
 
 
 def load_part(path: Path) -> Any:
