@@ -68,14 +68,18 @@ def settings_of_images(folder: Path, idx: Path) -> dict[str, Any]:
         "validation": {"path": str(idx), "take": [0.8, 1]},
         "test": {"path": str(idx), "split": "test"},
     }
-    asked["collect"] |= {"unit": "image", "batch_size": 10, "num_batches": 6}
+    asked["collect"] |= {"batch_size": 10, "num_batches": 6}
     return asked
 
 
 def test_images_are_compared_as_images() -> None:
     data = {part: {"path": part} for part in ("calibration", "test")}
+    content = {"model": {"path": "m", "task": "image-classification"}, "data": data, "collect": {"seed": 3}}
+    assert Config.model_validate(content).collect.unit == "image"
+    assert Config.model_validate(content).collect.seed == 3
+    content["collect"] = {"unit": "token"}
     with pytest.raises(ValueError, match=r"collect.unit token is not measured with model.task image-class.*set image"):
-        Config.model_validate({"model": {"path": "m", "task": "image-classification"}, "data": data})
+        Config.model_validate(content)
 
 
 @pytest.mark.ray

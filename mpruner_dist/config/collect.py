@@ -23,7 +23,8 @@ class CollectConfig(Section):
     """debiased: HSIC_1 a batch. biased: HSIC_0 a batch. sentence: biased CKA within each sequence, averaged, as MPruner
     was released. feature: exact biased CKA of all samples, for narrow models."""
     unit: Literal["token", "sequence", "image"] = "token"
-    """What is one sample: a token or the mean of a sequence (language); an image (vision)."""
+    """What is one sample: a token or the mean of a sequence (language and speech); an image, also where it is left out
+    (vision)."""
     samples: Annotated[int, Field(ge=4)] = 256
     """Samples drawn from a batch; the unbiased estimator needs 4."""
     skip_tokens: NonNegative = 1

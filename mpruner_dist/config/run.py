@@ -1,7 +1,7 @@
 """The whole configuration: its sections, and what they ask of each other."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import model_validator
@@ -66,6 +66,16 @@ class Config(Section):
     """Left out, the road is walked once."""
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_sample_is_what_the_task_reads(cls, content: dict[str, Any]) -> dict[str, Any]:
+        """Where nobody says what one sample is, it follows from the task."""
+        model, collect = (content.get(name) or {} for name in ("model", "collect"))
+        if not isinstance(model, dict) or not isinstance(collect, dict):
+            return content  # which is refused later, with all other mistakes
+        task = FACTS.get(str(model.get("task", "causal-lm")))
+        return content | {"collect": {"unit": UNITS[task.reads][0]} | collect} if task else content
 
     @property
     def goes_by_threshold(self) -> bool:
