@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpruner_dist.config import CLUSTERED, Config, RoundsConfig
-from mpruner_dist.config.task import LESS_IS_BETTER
+from mpruner_dist.config.task import IN_PERCENT, LESS_IS_BETTER
 from mpruner_dist.errors import Fruitless, UserError
 from mpruner_dist.planning.budget import protected_layers
+from mpruner_dist.reporting.rounds import value_text
 from mpruner_dist.road import Road
 from mpruner_dist.runs.commit import write_json
 from mpruner_dist.runs.folder import RunFolder
@@ -170,11 +171,12 @@ def _measure(road: Road, config: RoundsConfig, original: dict[str, Any]) -> dict
         "layers": candidate["layers"],
         "parameters": candidate["parameters"],
         "metric": candidate[config.metric],
-        "change": change_text(change, share),
+        "change": change_text(config.metric, change, share),
         "accepted": lost <= config.tolerance + ROUNDING,
         "seconds": sum(stage.get("seconds", 0.0) for stage in road.folder.stages.values()),
-        "why": f"{config.metric} {original[config.metric]:.4g} -> {candidate[config.metric]:.4g}, "
-        f"{change_text(change, share)}, where {limit_text(config, share)}",
+        "why": f"{config.metric} {value_text(config.metric, original[config.metric])} -> "
+        f"{value_text(config.metric, candidate[config.metric])}, {change_text(config.metric, change, share)}, where "
+        f"{limit_text(config, share)}",
     }
 
 
@@ -208,9 +210,11 @@ def of_a_share(config: RoundsConfig, original: dict[str, Any]) -> bool:
     return config.metric != "word_error_rate" and less_is_better(config, original)
 
 
-def change_text(change: float, share: bool) -> str:
+def change_text(metric: str, change: float, share: bool) -> str:
     """A change of the metric, as a share of the original's or as a difference."""
-    return f"{100 * change:+.1f} %" if share else f"{change:+.4f}"
+    if share:
+        return f"{100 * change:+.1f} %"
+    return f"{100 * change:+.2f} points" if metric in IN_PERCENT else f"{change:+.4f}"
 
 
 def limit_text(config: RoundsConfig, share: bool) -> str:
@@ -218,7 +222,10 @@ def limit_text(config: RoundsConfig, share: bool) -> str:
     if share:
         return f"at most {100 * config.tolerance:+g} % is tolerated"
     lost = "a rise" if config.metric in LESS_IS_BETTER else "a loss"
-    return f"{lost} of at most {config.tolerance:g} is tolerated"
+    points = 100 * config.tolerance
+    in_points = f"{points:g} point{'' if points == 1 else 's'}"
+    most = in_points if config.metric in IN_PERCENT else f"{config.tolerance:g}"
+    return f"{lost} of at most {most} is tolerated"
 
 
 def _write(

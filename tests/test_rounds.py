@@ -23,7 +23,7 @@ def test_accepted_rounds_go_on_from_the_result_and_rejected_ones_from_the_last_a
     # the second round's layers are told by their numbers in the original
     assert record["rounds"][1]["removed"] == [3, 7, 11]
     assert set(record["rounds"][1]["kept"]) < set(record["rounds"][0]["kept"])
-    assert record["rounds"][1]["why"] == "perplexity 10 -> 10.8, +8.0 %, where at most +6 % is tolerated"
+    assert record["rounds"][1]["why"] == "perplexity 10.00 -> 10.80, +8.0 %, where at most +6 % is tolerated"
     assert "at stride 3" in record["stopped"]
 
 
@@ -227,7 +227,9 @@ def test_accuracy_is_judged_by_difference(loop: Any) -> None:
     made.value = lambda kept: next(values)
     record = made.run()
     assert [entry["accepted"] for entry in record["rounds"]] == [True, False]
-    assert record["rounds"][1]["why"] == "accuracy 0.5 -> 0.47, -0.0300, where a loss of at most 0.02 is tolerated"
+    assert record["rounds"][1]["why"] == (
+        "accuracy 50.00 % -> 47.00 %, -3.00 points, where a loss of at most 2 points is tolerated"
+    )
 
 
 def test_what_is_lost_may_be_all_that_is_tolerated(loop: Any) -> None:
@@ -245,7 +247,7 @@ def test_a_word_error_rate_is_judged_by_how_much_it_rises(loop: Any) -> None:
     record = made.run()
     assert [entry["accepted"] for entry in record["rounds"]] == [True, False]
     assert record["worst"] == pytest.approx(0.27)
-    why = "word_error_rate 0.25 -> 0.28, +0.0300, where a rise of at most 0.02 is tolerated"
+    why = "word_error_rate 25.00 % -> 28.00 %, +3.00 points, where a rise of at most 2 points is tolerated"
     assert record["rounds"][1]["why"] == why
 
 

@@ -54,7 +54,7 @@ def test_a_whisper_is_pruned_in_rounds_that_its_word_error_rate_judges(
     [first] = rounds["rounds"]
     assert first["removed"] == IDLE
     assert first["accepted"]
-    assert "where a rise of at most 0.3 is tolerated" in first["why"]
+    assert "where a rise of at most 30 points is tolerated" in first["why"]
     similarity = json.loads((run / "round-01/cka.json").read_text())
     assert similarity["stacks"] == {"model.encoder.layers": ENCODER, "model.decoder.layers": DECODER}
     evaluation = json.loads((run / "evaluation.json").read_text())

@@ -19,11 +19,11 @@ def test_what_is_told_of_rounds(loop: Any) -> None:
     made = loop(tolerance=0.06)
     record = made.run()
     rows = round_rows(record)
-    assert rows[0][:7] == ("1", "original", "1", "2, 4, 6, 8, 10", "7", "0.0 M", "10.5")
+    assert rows[0][:7] == ("1", "original", "1", "2, 4, 6, 8, 10", "7", "0.0 M", "10.50")
     assert (rows[0][7], rows[0][9], rows[1][9]) == ("+5.0 %", "accepted", "rolled back")
     assert "<svg" in rounds_figure(record)
     told = dict(status_of_rounds(made.folder))
-    assert told["round-01"].startswith("accepted: perplexity 10 -> 10.5")
+    assert told["round-01"].startswith("accepted: perplexity 10.00 -> 10.50")
     assert told["round-02 gate"].startswith("done in")
     assert told["rounds"].startswith("end: no stride is left")
 

@@ -31,6 +31,7 @@ class TaskFacts:
 GENERATED = ("bleu", "chrf", "rouge_l")
 HEARD = ("word_error_rate", "bleu", "chrf")
 LESS_IS_BETTER = ("perplexity", "word_error_rate")
+IN_PERCENT = ("accuracy", "macro_f1", "word_error_rate")
 FACTS: dict[str, TaskFacts] = {
     "causal-lm": TaskFacts("AutoModelForCausalLM", "token", "text", ("perplexity", "accuracy")),
     "text-classification": TaskFacts("AutoModelForSequenceClassification", "text", "text", ("accuracy", "macro_f1")),

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from mpruner_dist.plan import format_layers
 from mpruner_dist.reporting.figures import BLUE, GREY, RED, svg, wide_figure
-from mpruner_dist.reporting.table import duration_text, metric_name, parameters_text
+from mpruner_dist.reporting.table import duration_text, metric_name, metric_text, parameters_text
 
 HEADINGS = ("round", "from", "stride", "removed", "layers", "parameters", "metric", "change", "time", "decision")
 Record = dict[str, Any]
@@ -18,6 +18,11 @@ Record = dict[str, Any]
 def gate_name(record: Record) -> str:
     """What the gate measures: perplexity, accuracy, or a task with its metric."""
     return str(record["task"] if record["metric"] == "task" else metric_name(record["metric"]))
+
+
+def value_text(metric: str, value: float) -> str:
+    """A value that a gate compared; of the harness's tasks nobody says whether it is a share."""
+    return f"{value:.4g}" if metric == "task" else metric_text(metric, value, 2)
 
 
 def round_rows(record: Record) -> list[tuple[str, ...]]:
@@ -29,18 +34,18 @@ def round_rows(record: Record) -> list[tuple[str, ...]]:
             str(entry["stride"]),
             format_layers(entry["removed"]).replace(",", ", "),
             str(len(entry["kept"])),
-            *_measured(entry),
+            *_measured(entry, record["metric"]),
         )
         for entry in record["rounds"]
     ]
 
 
-def _measured(entry: Record) -> tuple[str, ...]:
+def _measured(entry: Record, metric: str) -> tuple[str, ...]:
     if "metric" not in entry:
         return ("", "", "", "", f"rolled back: {entry['why']}")
     return (
         parameters_text(entry["parameters"]),
-        f"{entry['metric']:.4g}",
+        value_text(metric, entry["metric"]),
         entry["change"],
         duration_text(entry["seconds"]),
         "accepted" if entry["accepted"] else "rolled back",
@@ -64,7 +69,7 @@ def rounds_summary(record: Record) -> list[str]:
     """Why the rounds ended, and against what they were judged, in sentences."""
     accepted = sum(entry["accepted"] for entry in record["rounds"])
     name = gate_name(record)
-    before = f"{record['original'][record['metric']]:.4g}"
+    before = value_text(record["metric"], record["original"][record["metric"]])
     sentences = [
         f"{len(record['rounds'])} round(s), {accepted} accepted. Each began from the last accepted model and was "
         f"judged on data that it was not trained on: {name}, {before} of the original, {record['limit']}. A round that "

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mpruner_dist.config.task import GENERATED, HEARD
+from mpruner_dist.config.task import GENERATED, HEARD, IN_PERCENT
 
 WRITTEN = {
     "macro_f1": "macro F1",
@@ -40,18 +40,18 @@ def change_text(value: float, original: float) -> str:
     return f"{(ratio - 1) * 100:+.1f} %" if ratio < 10 else f"{ratio:.3g}-fold"
 
 
-def metric_text(metric: str, value: float) -> str:
+def metric_text(metric: str, value: float, digits: int = 1) -> str:
     """A value of one of the tasks' metrics: a perplexity and the like of BLEU as a number, a share in percent."""
     if metric == "perplexity":
         return perplexity_text(value)
-    return f"{value:.3f}" if metric in GENERATED else f"{100 * value:.1f} %"
+    return f"{100 * value:.{digits}f} %" if metric in IN_PERCENT else f"{value:.3f}"
 
 
 def metric_change_text(metric: str, value: float, original: float) -> str:
     """Its change: of a perplexity relative to the original's, of a share the difference in points."""
     if metric == "perplexity":
         return change_text(value, original)
-    return f"{value - original:+.3f}" if metric in GENERATED else f"{100 * (value - original):+.1f} points"
+    return f"{100 * (value - original):+.1f} points" if metric in IN_PERCENT else f"{value - original:+.3f}"
 
 
 def metric_name(metric: str) -> str:
