@@ -18,15 +18,10 @@ import threading
 import time
 from pathlib import Path
 
+from memory import own_memory
 from random_checkpoint import make_checkpoint
 
 RANKS, ROUNDS = 2, 2
-
-
-def anonymous() -> int:
-    """Bytes of this process's own memory."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
 
 
 def one_rank(way: str, folder: Path) -> None:
@@ -47,12 +42,12 @@ def one_rank(way: str, folder: Path) -> None:
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 3},
     }
-    before, peak, running = anonymous(), 0, True
+    before, peak, running = own_memory(), 0, True
 
     def watch() -> None:
         nonlocal peak
         while running:
-            peak = max(peak, anonymous())
+            peak = max(peak, own_memory())
             time.sleep(0.01)
 
     watcher = threading.Thread(target=watch)

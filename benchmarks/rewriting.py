@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from memory import own_memory
 from random_checkpoint import SIZES, make_checkpoint
 
 from mpruner_dist.checkpoints.folder import read_checkpoint
@@ -50,12 +51,10 @@ def timed(command: list[str]) -> tuple[float, int]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
-        status = Path(f"/proc/{process.pid}/status")
         try:
-            anonymous = status.read_text().partition("RssAnon:")[2].split()
+            peak = max(peak, own_memory(process.pid))
         except OSError:
             break
-        peak = max(peak, int(anonymous[0]) * 1024 if anonymous else 0)
         time.sleep(0.01)
     if process.wait() != 0:
         raise SystemExit(f"failed: {command}")

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import torch
 import yaml
+from memory import own_memory
 from random_checkpoint import make_checkpoint, write_text
 
 BATCHES, SEQUENCES, TOKENS, WORKERS = 4, 2, 128, 2
@@ -48,10 +49,8 @@ def watch(parent: psutil.Process, peaks: dict[int, int], stop: threading.Event) 
         try:
             for child in parent.children(recursive=True):
                 if "RayTrainWorker" in " ".join(child.cmdline()):
-                    status = Path(f"/proc/{child.pid}/status").read_text()
-                    own = int(status.partition("RssAnon:")[2].split()[0]) * 1024
-                    peaks[child.pid] = max(peaks.get(child.pid, 0), own)
-        except (psutil.NoSuchProcess, FileNotFoundError, IndexError):
+                    peaks[child.pid] = max(peaks.get(child.pid, 0), own_memory(child.pid))
+        except (psutil.NoSuchProcess, OSError):
             continue
 
 
