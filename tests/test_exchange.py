@@ -64,7 +64,7 @@ def test_ranges_of_mergekit_end_before_their_second_number() -> None:
     assert reduction["other_module_name"] == ["wte", "ln"]
 
 
-def one(begin: int, end: int, model: str = "m", **more: Any) -> dict[str, Any]:
+def one(begin: int, end: float, model: str = "m", **more: Any) -> dict[str, Any]:
     return {"sources": [{"model": model, "layer_range": [begin, end], **more}]}
 
 
@@ -85,7 +85,7 @@ def one(begin: int, end: int, model: str = "m", **more: Any) -> dict[str, Any]:
         ),
         ({"slices": [one(0, 4)], "merge_method": "passthrough", "parameters": {"scale": 0}}, "more than leave layers"),
         ({"slices": [one(0, 4), one(8, 6)], "merge_method": "passthrough"}, r"layer_range \[8, 6\] is none"),
-        ({"slices": [one(0, 3.7)], "merge_method": "passthrough"}, r"layer_range \[0, 3\.7\] is none"),  # type: ignore[arg-type]
+        ({"slices": [one(0, 3.7)], "merge_method": "passthrough"}, r"layer_range \[0, 3\.7\] is none"),
         ({"slices": [{"sources": []}, {}], "merge_method": "passthrough"}, "no mergekit configuration with slices"),
         ({"layer_reduction": {"teacher_layer": [1, 3], "keep_number_layer": 3}}, "keep_number_layer is not 2"),
         ({"layer_reduction": {"teacher_layer": [3, 1]}}, "repeats or reorders"),

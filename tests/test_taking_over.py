@@ -1,5 +1,6 @@
 """Similarities of another run: taken over where they were made from the same, refused by name where not."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ INPUTS = {"model": "abc", "calibration": "def"}
 def collected(tmp_path: Path) -> Path:
     """A run whose similarities are made."""
     with open_run(tmp_path / "collected", "") as folder:
-        make = lambda: write_json(folder / "cka.json", {"cka": [[1.0]]})  # noqa: E731
+        make = partial(write_json, folder / "cka.json", {"cka": [[1.0]]})
         folder.stage("collect", INPUTS, ("cka.json",), make, remedy="")
     return tmp_path / "collected"
 
