@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_config import full, load, minimal, refusal
+from configurations import full, load, minimal, refusal
 
 
 def test_the_fewest_workers_are_not_more_than_all(tmp_path: Path) -> None:
