@@ -100,6 +100,11 @@ def make_text(path: Path, records: int = 300, seed: int = 0) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
+def names(folder: Path) -> list[str]:
+    """All that is in a folder, and in those in it."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
 def on_ranks(count: int, job: Callable[..., None], *arguments: Any) -> None:
     """Run a function on so many ranks; each must return."""
     with socket.socket() as free:
