@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 from conftest import make_tokenizer, on_ranks
+from encoder_decoders import BART_SIZES, T5, make
 from safetensors.torch import load_file
-from test_encoder_decoder import BART_SIZES, T5, make
 
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config
