@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up on a fresh machine, then prune and retrain a real model of 135 M parameters on CPUs or a GPU.
-# Arguments go to `mpruner run`, for example: launch/demo.sh --set retrain.steps=20
+# Arguments go to `mpruner run`, for example: launch/demo.sh --run-dir runs/longer --set retrain.steps=20
 # The same command resumes an interrupted run. PYTHON chooses the interpreter.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."

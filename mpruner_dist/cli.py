@@ -15,14 +15,20 @@ from mpruner_dist.options import ConfigFile, RunDir, Set
 from mpruner_dist.submission.commands import app as submit
 
 app = typer.Typer(
-    help="Prune whole layers of large models: global CKA on Ray and DeepSpeed, sharded rewriting, retraining.",
+    help="Prune whole layers of large models: global CKA on Ray and DeepSpeed, sharded rewriting, retraining. A "
+    "command for one stage first makes what is missing of the stages before it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(submit, name="submit")
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would happen, do nothing.")]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Check everything and print what would happen. From a hub, model and data are fetched."
+    ),
+]
 
 
 @app.command()
@@ -40,7 +46,7 @@ def run(
 ) -> None:
     """Prune, retrain, evaluate and report. The same command again goes on where it was stopped.
 
-    Example: mpruner run configs/demo.yaml --run-dir runs/demo --set plan.threshold=0.97
+    Example: mpruner run configs/demo.yaml --run-dir runs/demo-24 --set plan.keep_layers=24
     """
     settings = load_config(config, override or [])
     if dry_run:
@@ -72,7 +78,7 @@ def plan(
     """Decide which layers go, from similarities that are saved: instant, but for methods greedy and search.
 
     Those measure the loss of plans on validation text, on the workers. A new plan makes the pruned and the retrained
-    model outdated; the next `mpruner run` makes them again.
+    model outdated; the next `mpruner run` with the same --set makes them again.
     """
     settings = load_config(config, override or [])
     if depths is not None and not compare:
@@ -109,7 +115,7 @@ def evaluate(config: ConfigFile, run_dir: RunDir = None, override: Set = None) -
 
 @app.command()
 def report(config: ConfigFile, run_dir: RunDir = None, override: Set = None) -> None:
-    """Write report.html and the model cards anew."""
+    """Write report.html and the model cards, where they are missing or outdated."""
     _walk(load_config(config, override or []), config, run_dir, "report", again=True)
 
 

@@ -1,4 +1,4 @@
-"""What the README names is there."""
+"""What README.md and CONTRIBUTING.md name is there."""
 
 import re
 
@@ -28,7 +28,7 @@ def test_the_readmes_commands_exist() -> None:
 
 
 def test_the_readmes_files_exist() -> None:
-    text = (ROOT / "README.md").read_text()
+    text = "".join((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
     for name in re.findall(r"`((?:mpruner_dist|configs|tests|launch|benchmarks|slurm)/[\w/.]+)`", text):
         assert (ROOT / name).exists() or name == "slurm/site.env", name  # which a site makes for itself
     inner = [folder.name for folder in (ROOT / "mpruner_dist").iterdir() if (folder / "__init__.py").is_file()]

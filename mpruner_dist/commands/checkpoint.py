@@ -18,7 +18,8 @@ ConfigFolder = Annotated[
     Path | None, typer.Option("--config", help="Where config.json and the tokenizer lie, if not in SOURCE.")
 ]
 MaxShardSize = Annotated[
-    str | None, typer.Option(help="Fill files up to this size, such as 5GB; else they are split as in SOURCE.")
+    str | None,
+    typer.Option(help="Fill files up to this size, such as 5GB; else they are split as in SOURCE, or at 5GB."),
 ]
 PreservePattern = Annotated[
     bool, typer.Option("--preserve-pattern", help="Refuse what would break a pattern that serving engines hard-code.")
@@ -34,7 +35,7 @@ Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run model cod
 
 def rewrite(
     source: Annotated[str, typer.Argument(help="A Hugging Face folder or hub id; a checkpoint of DeepSpeed or torch.")],
-    target: Annotated[Path, typer.Argument(help="A new folder.")],
+    target: Annotated[Path, typer.Argument(help="A new folder, or an earlier rewrite, which is replaced.")],
     plan_file: PlanFile = None,
     keep: Keep = None,
     config_folder: ConfigFolder = None,
@@ -47,7 +48,7 @@ def rewrite(
 ) -> None:
     """Write a checkpoint without some of its layers. Needs no run and no Ray.
 
-    Example: mpruner rewrite SmolLM2-135M SmolLM2-smaller --keep 0-11,20-29
+    Example: mpruner rewrite build/demo/SmolLM2-135M-Instruct smaller --keep 0-11,20-29
     """
     from mpruner_dist.checkpoints.formats import open_checkpoint
     from mpruner_dist.checkpoints.source import resolve_source

@@ -13,6 +13,7 @@ class CollectConfig(Section):
     batch_size: Positive = 8
     """Sequences in a batch, of which one HSIC estimate is made."""
     num_batches: Positive = 16
+    """Over all workers."""
     until: Literal["all", "settled"] = "all"
     """settled: stop before num_batches once no cluster decision lies within `settled_z` standard errors of
     plan.threshold."""
@@ -34,6 +35,7 @@ class CollectConfig(Section):
     normalize: bool = True
     """Divide each vector by its root mean square, so that no token outweighs the others."""
     seed: int = 0
+    """Draws the samples."""
     save_every: Positive = 4
     """Batches between two saves of a worker's sums."""
 

@@ -15,11 +15,13 @@ class ModelConfig(Section):
     path: str
     """A Hugging Face folder of safetensors files, or a hub id."""
     revision: str | None = None
+    """Branch, tag or commit of a hub id."""
     task: TaskName = "causal-lm"
     """What it is for, which says how data are read, what is minimised and how quality is measured."""
     dtype: Dtype = "float32"
     """Number type of the weights in collection, evaluation and retraining."""
     trust_remote_code: bool = False
+    """Run the code that lies in the model's folder."""
 
 
 class SourceConfig(Section):
@@ -31,8 +33,10 @@ class SourceConfig(Section):
     name: str | None = None
     """Configuration of the `datasets` id, such as wikitext-103-raw-v1."""
     split: str = "train"
-    """Split of a `datasets` id, or train or test of IDX files. Other files have one split, called train."""
+    """Split of a `datasets` id, a saved DatasetDict or an image folder, or train or test of IDX files. Other files have
+    one split, called train."""
     text_field: str = "text"
+    """The field of a record that holds the text; the following likewise."""
     label_field: str = "label"
     """Of classification: the class of a record, by the name or the number that it has in the model's config.json."""
     target_field: str = "target"
@@ -73,9 +77,13 @@ class DataConfig(Section):
     pack: bool = True
     """Of causal-lm: true joins records into full blocks; false gives each record a block of its own, padded."""
     calibration: SourceConfig
+    """Similarities are measured on it."""
     train: SourceConfig | None = None
+    """For retraining."""
     validation: SourceConfig | None = None
+    """Plans and rounds are judged on it, and retraining is watched."""
     test: SourceConfig
+    """The three models are measured on it, at the end."""
 
     def parts(self) -> dict[str, SourceConfig]:
         """The parts that are set, by name."""

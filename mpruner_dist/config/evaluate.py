@@ -28,6 +28,7 @@ class EvaluateConfig(Section):
     """How quality and speed are measured on the test part."""
 
     batch_size: Positive = 4
+    """Sequences in a batch of one worker; plans are judged in such batches too."""
     max_blocks: Positive | None = None
     """At most so many sequences of the test part, and of the validation part (or plan.judge_blocks, if more)."""
     tasks: tuple[TaskConfig, ...] = ()

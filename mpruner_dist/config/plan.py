@@ -27,7 +27,8 @@ class PlanConfig(Section):
     greedy: one after another the layer whose removal costs the least loss on validation text, all measured anew each
     time. search: the same aim within `passes`. file: as given."""
     keep: Literal["first", "last", "medoid"] = "first"
-    """Which layer stands for its cluster and stays; the medoid is most like the rest. Not for method partition."""
+    """Which layer stands for its cluster and stays; the medoid is most like the rest. Of methods anchor, chain and
+    complete."""
     measure: Literal["states", "updates"] = "states"
     """Whose CKA: of the states that blocks hand on, or of their updates of them."""
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.98
@@ -52,6 +53,7 @@ class PlanConfig(Section):
     judge_blocks: Positive | None = None
     """So many sequences of the validation part to judge plans on; None takes all that the run has of it."""
     file: Path | None = None
+    """Of method file: a plan.json, of which `num_layers` and `kept` suffice."""
 
     @model_validator(mode="after")
     def _method_has_what_it_needs(self) -> Self:

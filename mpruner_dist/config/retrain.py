@@ -14,6 +14,7 @@ class DistillationConfig(Section):
     weight: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the divergence from the teacher's predictions."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Divides the logits of both before they are compared: above 1, unlikely words count for more."""
     top_k: Positive | None = None
     """Compare the teacher's so many likeliest words, and all others as if they were one; without it, all words."""
     hidden_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -45,6 +46,7 @@ class LoraConfig(Section):
     """Low-rank adapters (arXiv 2106.09685) in the layers, merged into the weights at the end."""
 
     rank: Positive = 16
+    """Width of an adapter."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """What the adapters add is multiplied by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -56,15 +58,21 @@ class RetrainConfig(Section):
     """How the pruned model is healed."""
 
     steps: Positive = 100
+    """Optimizer steps; with rounds, of each round."""
     batch_size: Positive = 8
     """Sequences in an optimizer step, over all workers."""
     micro_batch_size: Positive = 1
     """Sequences in one forward and backward of one worker."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """The highest: reached at the end of the warm-up, from where it falls along a cosine."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Where the learning rate ends, as a share of its highest."""
     warmup_steps: NonNegative = 10
+    """Steps in which it rises from 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of AdamW."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Longer gradients are scaled down to this norm."""
     trainable: Literal["all", "neighbours"] = "all"
     """neighbours, as MPruner publishes it: only the layers beside a gap; the others, embeddings and head are frozen."""
     lora: LoraConfig | None = None
@@ -73,8 +81,10 @@ class RetrainConfig(Section):
     activation_checkpointing: bool = False
     """Keep only what goes into each layer, and compute the rest again on the way back: less memory, slower."""
     zero_stage: Literal[1, 2, 3] = 1
+    """What the workers divide among them: 1 the optimizer's state, 2 gradients too, 3 weights too."""
     deepspeed: Path | None = None
-    """A DeepSpeed JSON file; what it leaves out or calls "auto" is filled in from this section."""
+    """A DeepSpeed JSON file; what it leaves out or calls "auto" is filled in from this section. Batch sizes and number
+    types that contradict the configuration are refused; else the file goes before this section."""
     save_every: Positive = 50
     """Steps between two sharded checkpoints."""
     keep_checkpoints: Positive = 2
@@ -84,6 +94,7 @@ class RetrainConfig(Section):
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where losses go besides `metrics.jsonl`."""
     seed: int = 0
+    """Of the order of the data, of dropout and of new adapters."""
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Self:

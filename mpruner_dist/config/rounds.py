@@ -12,15 +12,16 @@ class RoundsConfig(Section):
     """How often to prune, and what must not be lost. Left out, the road is walked once and nothing is judged."""
 
     tolerance: Annotated[float, Field(gt=0)]
-    """How much worse than the original the metric may be: of perplexity a share of it, 0.1 is a tenth more; of the
-    others the difference, 0.02 is two points."""
+    """How much worse than the original the metric may be: of perplexity, and of a task of which less is better, a
+    share of it, 0.1 is a tenth more; of the others the difference, 0.02 is two points."""
     metric: Literal["perplexity", "accuracy", "macro_f1", "bleu", "chrf", "rouge_l", "word_error_rate", "task"] = (
         "perplexity"
     )
     """What the validation part is measured by, as far as model.task has it; or a task of the harness."""
     task: TaskConfig | None = None
     remove: Positive | None = None
-    """Layers that a round removes where plan.method has no threshold; a half, then a third of it after a roll-back."""
+    """Layers that a round removes where plan.method has no threshold; after a roll-back a half, then a third of it,
+    rounded up."""
     max_rounds: Positive = 8
     max_stride: Annotated[int, Field(ge=1)] = 3
     """Give up on a model that broke the tolerance at this stride."""

@@ -21,11 +21,12 @@ Device = Literal["auto", "cpu", "cuda"]
 class ClusterConfig(Section):
     """Where and how wide the work runs.
 
-    Nothing here changes a result, but for rounding, and but for a model with batch normalisation: how many workers
-    share a step then changes how often its running means move.
+    Nothing here changes a result, but for rounding, for dropout in retraining, which each worker draws for itself, and
+    for a model with batch normalisation: how many workers share a step changes how often its running means move.
     """
 
     workers: Positive = 1
+    """Processes that share each stage's work, one a GPU."""
     device: Device = "auto"
     """auto takes GPUs when the cluster has one for each worker, or for each of min_workers."""
     min_workers: Positive | None = None

@@ -25,4 +25,4 @@ def require_extras(config: Config) -> None:
         needs.append(("evaluate.tasks", "eval", ("lm_eval",)))
     for asked, extra, packages in needs:
         if any(find_spec(package) is None for package in packages):
-            raise UserError(f"{asked} needs the extra {extra}: pip install 'mpruner-dist[{extra}]'")
+            raise UserError(f"{asked} needs the extra {extra}: pip install '.[{extra}]' in the repository's folder")

@@ -25,8 +25,8 @@ def require_loggers(names: tuple[str, ...]) -> None:
     for name in names:
         if find_spec(name) is None:
             raise UserError(
-                f"retrain.log_to names {name}, which is not installed: pip install 'mpruner-dist[{name}]', or leave it "
-                "out (metrics.jsonl is always written)"
+                f"retrain.log_to names {name}, which is not installed: pip install '.[{name}]' in the repository's "
+                "folder, or leave it out (metrics.jsonl is always written)"
             )
 
 
