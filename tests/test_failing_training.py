@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from test_retraining import config_for
 
 from mpruner_dist.checkpoints.export import Exported
@@ -32,8 +33,10 @@ def test_a_loss_that_is_not_finite_names_step_blocks_and_the_checkpoint_that_is_
         trainer.check(4, [False, False], [7, 3, 9, 1])
 
 
-def test_single_overflows_of_float16_pass_and_a_long_row_does_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "way"), [("float16", "set model.dtype bfloat16 or"), ("bfloat16", "lower retrain")])
+def test_single_overflows_pass_and_a_long_row_does_not(tmp_path: Path, dtype: str, way: str) -> None:
     trainer = trainer_for(tmp_path, applied=False)
+    trainer.engine.module = torch.nn.Linear(1, 1, dtype=getattr(torch, dtype))
     for step in range(job.OVERFLOWS - 1):
         trainer.check(step, [True], [0])
     trainer.engine.was_step_applied = lambda: True
@@ -41,7 +44,7 @@ def test_single_overflows_of_float16_pass_and_a_long_row_does_not(tmp_path: Path
     trainer.engine.was_step_applied = lambda: False
     for step in range(job.OVERFLOWS - 1):
         trainer.check(step, [True], [0])
-    with pytest.raises(StageFailure, match=r"gradients of 16 steps one after another, up to step 32, overflow float16"):
+    with pytest.raises(StageFailure, match=rf"of 16 steps one after another, up to step 32, overflow {dtype}.*: {way}"):
         trainer.check(31, [True], [0])
 
 

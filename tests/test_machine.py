@@ -98,7 +98,7 @@ def test_doctor_without_a_compiler(mpruner: Mpruner) -> None:
 def test_doctor_where_no_cluster_is(mpruner: Mpruner, tmp_path: Path) -> None:
     code, output = mpruner("doctor", "--address", "127.0.0.1:1", "--run-dir", tmp_path)
     assert code == 1
-    assert "failed  Ray: Ray does not start on the cluster at 127.0.0.1:1: " in output
+    assert "failed  Ray: Ray does not join the cluster at 127.0.0.1:1: " in output
     assert output.count("skipped") == 4
     assert "Traceback" not in output
     assert list(tmp_path.iterdir()) == []

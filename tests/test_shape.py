@@ -11,6 +11,11 @@ from mpruner_dist.errors import StageFailure
 GB = 10**9
 
 
+def tensors(gigabytes: float) -> list[int]:
+    """Elements of as many tensors of 2 MB, of 2 bytes each, as take so much; pinned, a twentieth more."""
+    return [10**6] * round(gigabytes * 500)
+
+
 @pytest.mark.parametrize(
     ("weights", "workers", "free", "beside", "stage", "offload", "reason"),
     [
@@ -20,13 +25,13 @@ GB = 10**9
         (32, 8, 80, 20, 3, False, "a partition 4.0 GB"),  # eight replicas would be loaded through 160 GB at once
         (140, 8, 80, 100, 3, False, "a partition 17.5 GB and what is gathered 2.0 GB, 80.0 GB are free"),
         (140, 1, 80, 200, 3, True, r"partitions in CPU memory .*80.0 GB are free .* and 200.0 GB of CPU memory"),
-        (140, 4, 24, 60, 3, True, "partitions in CPU memory"),
+        (140, 4, 24, 60, 3, True, "pinned, a partition takes 36.7 GB"),
     ],
 )  # fmt: skip
 def test_the_quickest_shape_that_fits(
     weights: int, workers: int, free: int, beside: int | None, stage: int, offload: bool, reason: str
 ) -> None:
-    shape = choose_shape(weights * GB, 2, workers, free * GB, beside * GB if beside else None)
+    shape = choose_shape(tensors(weights), 2, workers, free * GB, beside * GB if beside else None)
     assert (shape.stage, shape.offload) == (stage, offload)
     assert re.search(reason, shape.reason)
 
@@ -36,7 +41,15 @@ def test_the_quickest_shape_that_fits(
 )
 def test_nothing_fits(weights: int, workers: int, free: int, beside: int | None) -> None:
     with pytest.raises(StageFailure, match=rf"does not fit: the weights take {weights}.0 GB.*more workers.*nvme"):
-        choose_shape(weights * GB, 2, workers, free * GB, beside * GB if beside else None)
+        choose_shape(tensors(weights), 2, workers, free * GB, beside * GB if beside else None)
+
+
+def test_pinned_memory_is_counted_as_torch_reserves_it() -> None:
+    """Each of the partitions of 2.1 MB takes 4 MiB."""
+    elements = [1_050_000] * 14_000
+    assert choose_shape(elements, 2, 1, 24 * GB, 80 * GB).offload
+    with pytest.raises(StageFailure, match=r"47\.0 GB of CPU memory, where a partition would take 58\.7 GB"):
+        choose_shape(elements, 2, 1, 24 * GB, 47 * GB)
 
 
 def test_free_memory_of_this_machine_is_shared_by_its_workers() -> None:

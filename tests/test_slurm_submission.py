@@ -189,6 +189,8 @@ def test_ray_takes_what_slurm_gave_and_collides_with_nothing() -> None:
     assert {"--head", "--port=20123", "--include-dashboard=false"} <= set(head)
     assert "--head" not in other
     assert "--address=10.0.0.1:20123" in other
+    without = environment | {"CUDA_VISIBLE_DEVICES": "NoDevFiles", "SLURM_PROCID": "1"}
+    assert "--num-gpus=0" in node.ray_command("10.0.0.1:20123", Path("/tmp/x"), without)
 
 
 def test_a_head_that_others_cannot_reach_is_refused() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mpruner_dist.cluster.settings import Settings
+from mpruner_dist.cluster.worker import barrier
 from mpruner_dist.errors import UserError
 
 LONGEST_COMPILATION_S = 180
@@ -93,6 +94,9 @@ def make_engine(model: torch.nn.Module, settings: Settings, parameters: Any = No
     if settings.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
         raise UserError("the workers' device does not compute in float16: set model.dtype bfloat16 or float32")
     model.register_forward_pre_hook(_cast, with_kwargs=True)
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        # DeepSpeed makes a group of its own, with nccl's ten minutes of patience, for whoever still loads
+        barrier(torch.device(get_accelerator().current_device_name()))
     engine, *_ = deepspeed.initialize(model=model, config=settings, model_parameters=parameters)
     for buffer in model.buffers():  # DeepSpeed moves those of a model with divided weights nowhere
         buffer.data = buffer.data.to(engine.device)

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.train import ControllerError, TrainingFailedError, UserCallback, WorkerGroupError
 
 from mpruner_dist.cluster import preemption
 from mpruner_dist.cluster.worker import end_of_group, worker_note
 from mpruner_dist.errors import MPrunerError, Preempted, StageFailure, first_line
 
+LESS = "evaluate.batch_size, collect.batch_size or retrain.micro_batch_size, whichever this stage goes by"
 NODE_DEATH_S = 60
 """Ray's default settings take less to call a node dead that does not answer."""
 Notes = dict[int, dict[str, Any]]
@@ -56,6 +58,7 @@ def explain(error: TrainingFailedError, stage: str, logs: Path, workers: int, *,
         were = "".join(f", rank {rank}{_at(note)}" for rank, note in everyone.items() if note)
         cause = error.controller_failure if isinstance(error, ControllerError) else error
         what = "a worker was killed while the workers started" if were else "the workers did not start"
+        cause = getattr(cause, "cause", None) or cause  # of Ray's wrapping, the first line names a process only
         return f"{stage}: {what}{were} ({first_line(cause)})"
     failures: dict[int, Exception] = error.worker_failures
     notes = {rank: everyone[rank] for rank in sorted(failures)}
@@ -66,6 +69,10 @@ def explain(error: TrainingFailedError, stage: str, logs: Path, workers: int, *,
     where, cause = f"{stage}: {_who(rank, notes[rank])} failed{_at(notes[rank])}", failures[rank]
     if isinstance(cause, MPrunerError):
         raise type(cause)(f"{where}: {cause}") from error
+    if isinstance(cause, torch.OutOfMemoryError):
+        raise StageFailure(
+            f"{where}: {first_line(cause)} Lower {LESS}, or divide the weights (ZeRO stage 3)"
+        ) from error
     lost = _lost_with_its_node(everyone) if joined and isinstance(cause, RuntimeError) else None
     if lost is not None:
         return f"{stage}: {_who(lost, everyone[lost])} was lost with its node{_at(everyone[lost])}"

@@ -27,6 +27,10 @@ from mpruner_dist.logs import ProgressWriter, show_progress
 
 log = logging.getLogger(__name__)
 
+IF_IT_ASKS = (
+    "If the cluster asks for a token, as Ray's do wherever ~/.ray/auth_token is, set RAY_AUTH_MODE=token, and "
+    "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH where the token is not in that file"
+)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -101,8 +105,10 @@ class RaySession:
                 cpus = max(cpus_here(), self.config.workers * (self.config.cpus_per_worker or 1))
                 ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=runtime_env, **quiet)
         except (OSError, ValueError, RuntimeError) as error:
-            where = f"the cluster at {address}" if address else "this machine"
-            raise StageFailure(f"Ray does not start on {where}: {error}") from error
+            if not address:
+                raise StageFailure(f"Ray does not start on this machine: {error}") from error
+            token = "" if "RAY_AUTH_MODE" in os.environ else f". {IF_IT_ASKS}"
+            raise StageFailure(f"Ray does not join the cluster at {address}: {error}{token}") from error
         preemption.install()  # Ray has set a handler of its own for SIGTERM
 
     def run_workers(

@@ -1,5 +1,6 @@
 """How a model lies on the workers for forward passes: whole on each, in partitions, or in partitions in CPU memory."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import psutil
@@ -23,11 +24,11 @@ class Shape:
     reason: str
 
 
-def choose_shape(weights: int, width: int, workers: int, free: int, free_beside: int | None) -> Shape:
+def choose_shape(elements: Iterable[int], width: int, workers: int, free: int, free_beside: int | None) -> Shape:
     """The quickest shape that fits.
 
     Args:
-        weights: bytes of all weights.
+        elements: of each tensor of weights, how many it has.
         width: bytes of one.
         workers: their number.
         free: bytes of a worker's device that nobody uses, of the worker that has least.
@@ -36,6 +37,8 @@ def choose_shape(weights: int, width: int, workers: int, free: int, free_beside:
     Raises:
         StageFailure: nothing fits.
     """
+    elements = list(elements)
+    weights = sum(elements) * width
     here = f"{_bytes(free)} are free for each worker"
     # each worker loads its replica through CPU memory
     loads = free_beside is None or workers == 1 or weights <= ROOM * free_beside
@@ -46,9 +49,14 @@ def choose_shape(weights: int, width: int, workers: int, free: int, free_beside:
     needed = f"the weights take {_bytes(weights)}, a partition {_bytes(part)} and what is gathered {_bytes(gathered)}"
     if workers > 1 and part + gathered <= ROOM * free:
         return Shape(3, False, f"partitions (ZeRO stage 3): {needed}, {here}")
-    if free_beside is not None and part <= ROOM * free_beside and gathered <= ROOM * free:
+    # DeepSpeed pins each partition by itself, and torch rounds pinned memory up to a power of two
+    pinned = sum(1 << (-(-number // workers) * width - 1).bit_length() for number in elements)
+    if free_beside is not None and pinned <= ROOM * free_beside and gathered <= ROOM * free:
+        needed += f"; pinned, a partition takes {_bytes(pinned)}"
         beside = f"{_bytes(free_beside)} of CPU memory"
         return Shape(3, True, f"partitions in CPU memory (ZeRO stage 3, offload_param): {needed}, {here} and {beside}")
+    if free_beside is not None:
+        here += f" and {_bytes(free_beside)} of CPU memory, where a partition would take {_bytes(pinned)}"
     raise StageFailure(
         f"the model does not fit: {needed}, {here}. Use more workers or more memory, or name a DeepSpeed "
         "configuration with offload_param to nvme under cluster.deepspeed"

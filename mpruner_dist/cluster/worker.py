@@ -21,6 +21,11 @@ Job = Callable[["Worker", dict[str, Any]], None]
 Item = TypeVar("Item")
 
 
+def barrier(device: torch.device) -> None:
+    """Wait until every worker is here. nccl must be told its GPU: it would take the rank's number for the GPU's."""
+    torch.distributed.barrier(device_ids=[device.index] if device.type == "cuda" else None)
+
+
 class Worker:
     """What a job knows of the place where it runs."""
 
@@ -98,7 +103,7 @@ class Worker:
     def barrier(self) -> None:
         """Wait until every worker is here."""
         if self.world_size > 1:
-            torch.distributed.barrier()
+            barrier(self.device)
 
     def begin_progress(self, label: str, unit: str, total: int, done: int = 0) -> None:
         """Announce work of `total` units, over all workers."""

@@ -26,12 +26,11 @@ def forward_settings(worker: Worker, given: Settings, config: Config, folder: Pa
     stage = given_stage(given, config.cluster.zero_stage)
     if stage != "auto":
         return inference_settings(given, stage, config.model.dtype)
-    width = getattr(torch, config.model.dtype).itemsize
     free, beside = free_memory(worker.device, worker.local_workers)
     least = worker.least_over_workers(free, beside or 0)
     shape = choose_shape(
-        read_checkpoint(folder).num_parameters * width,
-        width,
+        (tensor.num_elements for tensor in read_checkpoint(folder).tensors.values()),
+        getattr(torch, config.model.dtype).itemsize,
         worker.world_size,
         least[0],
         None if beside is None else least[1],

@@ -42,7 +42,9 @@ def score_part(
         Fruitless: the likelihood is not finite.
     """
     batches = num_batches(len(part), batch_size)
-    sums = torch.zeros_like(task.tally(*forward(worker, engine, task, part.rows([0]))))  # a warm-up, outside the time
+    # A warm-up, outside the time: on a GPU kernels are loaded, and memory reserved, for a batch's own shape
+    first = batch_rows(0, batch_size, len(part)) if worker.device.type == "cuda" else [0]
+    sums = torch.zeros_like(task.tally(*forward(worker, engine, task, part.rows(first))))
     worker.barrier()
     begun = time.monotonic()
     for turn, (batch, counts) in enumerate(turns_of(range(batches), worker.rank, worker.world_size)):

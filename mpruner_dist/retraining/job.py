@@ -102,7 +102,7 @@ class Trainer:
         if config.distillation is not None and config.distillation.hidden_weight:
             blocks = run_blocks(engine.module)
             self.hidden = HiddenStates(blocks, list(range(len(blocks))))
-        self.skipped = 0  # steps one after another in which float16 overflowed
+        self.skipped = 0  # steps one after another in which gradients overflowed
         self.saved = 0
 
     def run(self, train: Part, validation: Part, eval_batch_size: int, found: Found | None) -> None:
@@ -188,9 +188,15 @@ class Trainer:
             )
         self.skipped = 0 if self.engine.was_step_applied() else self.skipped + 1
         if self.skipped >= OVERFLOWS:
+            dtype = str(next(self.engine.module.parameters()).dtype).removeprefix("torch.")
+            way = (
+                "set model.dtype bfloat16 or"
+                if dtype == "float16"
+                else "lower retrain.learning_rate, or set model.dtype"
+            )
             raise Fruitless(
-                f"the gradients of {self.skipped} steps one after another, up to step {step + 1}, overflow float16 "
-                f"however small the loss is scaled: set model.dtype bfloat16 or float32; {kept}"
+                f"the gradients of {self.skipped} steps one after another, up to step {step + 1}, overflow {dtype}, "
+                f"however small the loss is scaled: {way} float32; {kept}"
             )
 
     def _validate(self, step: int, validation: Part, batch_size: int) -> None:

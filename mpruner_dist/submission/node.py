@@ -22,6 +22,8 @@ from mpruner_dist.logs import set_up_logging
 
 log = logging.getLogger("mpruner_dist.submission")  # __name__ is __main__ here
 
+NO_GPU = ("", "-1", "NoDevFiles")
+"""What stands in CUDA_VISIBLE_DEVICES where a job has none; Slurm writes the last."""
 MAX_STARTS = 4
 """A node whose Ray ended so often is left alone: something is wrong with it."""
 OBJECT_STORE = 1_000_000_000
@@ -36,7 +38,7 @@ def ray_command(address: str, temporary: Path, environment: Mapping[str, str]) -
         temporary: Ray's folder of this job.
         environment: of a task of Slurm.
     """
-    gpus = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    gpus = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu not in NO_GPU]
     command = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
         f"--node-name={environment['SLURMD_NODENAME']}", f"--num-cpus={environment['SLURM_CPUS_ON_NODE']}",
