@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load, save, save_file
 
-from mpruner_dist.checkpoints.folder import INDEX_NAME, index_json, read_checkpoint, shard_name
+from mpruner_dist.checkpoints.folder import INDEX_NAME, SINGLE_NAME, index_json, read_checkpoint, shard_name
+from mpruner_dist.checkpoints.formats import open_checkpoint
 from mpruner_dist.checkpoints.header import TensorInfo, build_header, read_header
 from mpruner_dist.errors import UserError
 
@@ -200,6 +201,14 @@ def test_a_single_file_needs_no_index(checkpoint: Path) -> None:
     assert list(read_checkpoint(checkpoint).tensors) == ["a"]
 
 
+def test_of_a_single_file_and_an_index_the_file_is_taken_as_transformers_does(checkpoint: Path) -> None:
+    """Either is left over where a model was saved into a folder twice."""
+    save_file({"a": filled("F32", (2,))}, checkpoint / SINGLE_NAME)
+    assert list(read_checkpoint(checkpoint).tensors) == list(open_checkpoint(checkpoint).tensors) == ["a"]
+    next(checkpoint.glob("model-*.safetensors")).unlink()
+    assert list(read_checkpoint(checkpoint).tensors) == ["a"]
+
+
 def change_index(change: Callable[[dict[str, str]], Any]) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         index = json.loads((folder / INDEX_NAME).read_text())
@@ -271,4 +280,10 @@ def test_the_fingerprint_follows_values_names_and_configuration(checkpoint: Path
     path.write_bytes(content)
     second = read_checkpoint(copied).fingerprint()
     (copied / "config.json").write_text('{"model_type": "gpt2"}')
-    assert len({first, second, read_checkpoint(copied).fingerprint()}) == 3
+    seen = [first, second, read_checkpoint(copied).fingerprint()]
+    for name in ("generation_config.json", "modeling_mine.py"):
+        (copied / name).write_text("{}")
+        seen += [read_checkpoint(copied).fingerprint(), open_checkpoint(copied).fingerprint()]
+    (copied / "README.md").write_text("of no matter")
+    assert len(set(seen)) == 5
+    assert read_checkpoint(copied).fingerprint() == open_checkpoint(copied).fingerprint() == seen[-1]

@@ -1,13 +1,14 @@
 """A Hugging Face checkpoint folder: its configuration, its shards and what lies in them."""
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpruner_dist.checkpoints.header import Header, TensorInfo, read_header, unique_keys
 from mpruner_dist.errors import UserError
-from mpruner_dist.runs.digest import digest, spot_digest
+from mpruner_dist.runs.digest import digest, file_digest, spot_digest
 from mpruner_dist.runs.json_files import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -40,13 +41,29 @@ class CheckpointFolder:
         return sum(info.num_bytes for info in self.tensors.values())
 
     def fingerprint(self) -> str:
-        """Digest of the configuration, the headers, and spots of every shard and tensor: quick even at 140 GB."""
+        """Digest of what the model computes, see `fingerprint`."""
         names = {name: sorted(header.tensors) for name, header in self.shards.items()}
         middles = {
-            name: [(info.begin + info.end) // 2 for info in header.tensors.values()]
+            self.path / name: [(info.begin + info.end) // 2 for info in header.tensors.values()]
             for name, header in self.shards.items()
         }
-        return digest([self.config, names, [spot_digest(self.path / name, middles[name]) for name in self.shards]])
+        return fingerprint(self.path, self.config, names, middles)
+
+
+def fingerprint(
+    companions: Path, config: dict[str, Any], names: dict[str, list[str]], places: Mapping[Path, Iterable[int]]
+) -> str:
+    """Digest of what a model computes, quick even at 140 GB.
+
+    Args:
+        companions: the folder of its configuration: code that lies there counts, and how texts are generated.
+        config: the configuration.
+        names: of the tensors, by file.
+        places: of each file, where bytes are looked at beside those of `spot_digest`.
+    """
+    beside = [file for pattern in ("*.py", "generation_config.json") for file in sorted(companions.glob(pattern))]
+    spots = [spot_digest(path, places[path]) for path in sorted(places)]
+    return digest([config, {file.name: file_digest(file) for file in beside}, names, spots])
 
 
 def read_checkpoint(path: Path) -> CheckpointFolder:
@@ -61,14 +78,14 @@ def read_checkpoint(path: Path) -> CheckpointFolder:
     if not config_path.is_file():
         raise UserError(f"{path} holds no config.json: it is no Hugging Face model folder")
     config = read_config_json(config_path)
+    if (path / SINGLE_NAME).is_file():  # beside an index, which is then left over, transformers takes it too
+        return CheckpointFolder(path, config, {SINGLE_NAME: read_header(path / SINGLE_NAME)})
     index_path = path / INDEX_NAME
     if not index_path.is_file():
-        if not (path / SINGLE_NAME).is_file():
-            raise UserError(
-                f"{path} holds neither {INDEX_NAME} nor {SINGLE_NAME}: make a folder of safetensors of it "
-                "first, by mpruner rewrite with all layers kept"
-            )
-        return CheckpointFolder(path, config, {SINGLE_NAME: read_header(path / SINGLE_NAME)})
+        raise UserError(
+            f"{path} holds neither {INDEX_NAME} nor {SINGLE_NAME}: make a folder of safetensors of it "
+            "first, by mpruner rewrite with all layers kept"
+        )
     weight_map, names = shard_names(index_path)
     shards = {name: read_header(path / name) for name in names}
     _check_index(index_path, weight_map, shards)

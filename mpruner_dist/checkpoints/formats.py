@@ -55,7 +55,7 @@ def open_checkpoint(path: Path, config_folder: Path | None = None) -> StoredChec
 
 def _bin_files(path: Path) -> dict[str, dict[str, StoredTensor]]:
     """`pytorch_model.bin`, or the files of its index."""
-    if not (path / BIN_INDEX).is_file():
+    if (path / BIN_SINGLE).is_file():
         return {BIN_SINGLE: named_tensors(path / BIN_SINGLE, read_torch_file(path / BIN_SINGLE))}
     weight_map, names = shard_names(path / BIN_INDEX)
     files = {name: named_tensors(path / name, read_torch_file(path / name)) for name in names}

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpruner_dist.checkpoints.folder import CheckpointFolder
-from mpruner_dist.runs.digest import digest, spot_digest
+from mpruner_dist.checkpoints.folder import CheckpointFolder, fingerprint
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,13 @@ class StoredCheckpoint:
         return {name: tensor for tensors in self.files.values() for name, tensor in tensors.items()}
 
     def fingerprint(self) -> str:
-        """Digest of the configuration, the names, and spots of every file and tensor: quick even at 140 GB."""
+        """Digest of what the model computes, see `folder.fingerprint`."""
         middles: dict[Path, set[int]] = {}
         for tensor in self.tensors.values():
             for piece in tensor.pieces:
                 middles.setdefault(piece.path, set()).add((piece.begin + piece.end) // 2)
         names = {name: sorted(tensors) for name, tensors in self.files.items()}
-        return digest([self.config, names, [spot_digest(path, middles[path]) for path in sorted(middles)]])
+        return fingerprint(self.companions, self.config, names, middles)
 
 
 def stored_safetensors(checkpoint: CheckpointFolder) -> StoredCheckpoint:
