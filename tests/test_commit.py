@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mpruner_dist.errors import StageFailure
 from mpruner_dist.runs.commit import commit_folder, disk_errors, require_space, write_bytes, write_json
-from mpruner_dist.runs.digest import digest, file_digest, spot_digest
+from mpruner_dist.runs.digest import content_digest, digest, file_digest, spot_digest
 
 FAILING_WRITE = """
 import resource, sys
@@ -106,6 +106,24 @@ def test_digests_follow_content_not_the_order_of_keys(content: dict[str, Any], o
     assert (digest(other) == digest(content)) == (
         json.dumps(other, sort_keys=True) == json.dumps(content, sort_keys=True)
     )
+
+
+def test_data_are_digested_whole_up_to_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A label that is put right between the spots of a larger file must be noticed."""
+    content = bytearray(4_000_000)
+    path = tmp_path / "labels.csv"
+
+    def digests() -> set[str]:
+        found = set()
+        for value in (0, 1):
+            content[200_000] = value
+            path.write_bytes(content)
+            found.add(content_digest(path))
+        return found
+
+    assert len(digests()) == 2
+    monkeypatch.setattr("mpruner_dist.runs.digest.WHOLE_BYTES", 10**6)
+    assert len(digests()) == 1
 
 
 @pytest.mark.parametrize("of_file", [file_digest, spot_digest])

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+WHOLE_BYTES = 2**30
+
 
 def digest(content: Any) -> str:
     """Digest of JSON-like data, independent of the order of keys."""
@@ -17,6 +19,11 @@ def file_digest(path: Path) -> str:
     """Digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def content_digest(path: Path) -> str:
+    """Digest of a file of data: of all its bytes, but where there are more than `WHOLE_BYTES`, of spots."""
+    return file_digest(path) if path.stat().st_size <= WHOLE_BYTES else spot_digest(path)
 
 
 def spot_digest(path: Path, places: Iterable[int] = ()) -> str:

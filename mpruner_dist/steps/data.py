@@ -7,7 +7,7 @@ from mpruner_dist.config import DataConfig, SourceConfig
 from mpruner_dist.config.task import FACTS, TaskFacts
 from mpruner_dist.logs import show_progress
 from mpruner_dist.road import Road, Step
-from mpruner_dist.runs.digest import spot_digest
+from mpruner_dist.runs.digest import content_digest
 
 TOKENIZERS = ("*token*", "*.spm", "*.model", "*.codes", "vocab.*", "merges.txt", "*processor_config.json")
 """Names of files that say how data are read."""
@@ -18,7 +18,7 @@ def data(road: Road) -> Step:
     from mpruner_dist.data.needed import blocks_needed
 
     readers = {file for pattern in TOKENIZERS for file in road.source.glob(pattern)}
-    tokenizer = {file.name: spot_digest(file) for file in sorted(readers)}
+    tokenizer = {file.name: content_digest(file) for file in sorted(readers)}
     files = {part: source_digest(source) for part, source in road.config.data.parts().items()}
     facts = FACTS[road.config.model.task]
     inputs = {
@@ -30,6 +30,8 @@ def data(road: Road) -> Step:
         "blocks": blocks_needed(road.config),
         "files": files,
     }
+    if facts.reads == "images":  # where the processor's file does not say
+        inputs["pixels"] = {name: road.checkpoint.config.get(name) for name in ("num_channels", "image_size")}
     if facts.of_generated:
         inputs["decoder_start"] = road.checkpoint.config.get("decoder_start_token_id")
     if facts.reads == "speech":
@@ -73,11 +75,11 @@ def recording_digests(source: SourceConfig) -> dict[str, str]:
 
     if not Path(source.path).expanduser().is_file():
         return {}
-    return {str(file): spot_digest(file) for file in recording_files(source)}
+    return {str(file): content_digest(file) for file in recording_files(source)}
 
 
 def digests_of_files(path: Path) -> dict[str, str]:
     """Of a file, or of all files in a folder but those that Python leaves beside its own."""
     inside = sorted(file for file in path.rglob("*") if file.is_file() and file.parent.name != "__pycache__")
     files = [path] if path.is_file() else inside
-    return {str(file): spot_digest(file) for file in files}
+    return {str(file): content_digest(file) for file in files}
