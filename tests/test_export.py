@@ -88,6 +88,19 @@ def test_new_values_are_written_in_the_dtype_of_the_files(tiny: tuple[Tiny, Chec
     assert read_checkpoint(tmp_path / "out").tensors == checkpoint.tensors
 
 
+def test_what_a_narrower_number_type_rounds_is_no_change(tiny: tuple[Tiny, CheckpointFolder], tmp_path: Path) -> None:
+    model, checkpoint = tiny
+    files = stored(checkpoint, checkpoint.path)
+    for name, parameter in match_names(model, checkpoint, "model").items():
+        parameter.data = files[name].bfloat16()
+    counts = export_weights(trained(model, checkpoint), checkpoint, tmp_path / "out", whole, is_writer=True)
+    assert counts.changed_tensors == 0
+    assert contents(tmp_path / "out") != contents(checkpoint.path)
+    model.head.weight.data[0, 0] += 1
+    counts = export_weights(trained(model, checkpoint), checkpoint, tmp_path / "again", whole, is_writer=True)
+    assert counts.changed_tensors == 1
+
+
 def test_others_gather_every_weight_and_write_nothing(tiny: tuple[Tiny, CheckpointFolder], tmp_path: Path) -> None:
     model, checkpoint = tiny
     gathered: list[torch.nn.Parameter] = []

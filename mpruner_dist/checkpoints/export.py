@@ -155,13 +155,16 @@ def _new_value(weight: Weight, info: TensorInfo, path: Path, counts: Exported) -
             return stored
         sum_dtype = torch.promote_types(stored.dtype, torch.float32)
         value = stored.to(sum_dtype) + weight.added().detach().cpu().reshape(-1).to(sum_dtype)
+        before = stored
+    else:  # what the model was given of it: in a narrower type, rounded
+        before = stored.to(value.dtype).to(stored.dtype)
     value = value.to(stored.dtype)
     if not torch.isfinite(value).all():
         raise Fruitless(f"{name} is not finite after retraining: lower retrain.learning_rate; nothing was exported")
     if isinstance(weight.parameter, torch.nn.Parameter):  # what forward passes gather changes without any training
         counts.trained_tensors += 1
         counts.trained_parameters += info.num_elements
-        counts.changed_tensors += not torch.equal(_raw_bytes(value), _raw_bytes(stored))
+        counts.changed_tensors += not torch.equal(_raw_bytes(value), _raw_bytes(before))
     return value
 
 
