@@ -243,6 +243,11 @@ def test_a_finished_rewrite_is_left_alone_and_a_damaged_one_made_again(tiny: Pat
     before = config.stat().st_mtime_ns
     rewrite_checkpoint(tiny / "model", tmp_path / "small", [0, 3, 7])
     assert config.stat().st_mtime_ns == before
+    left = [tmp_path / name for name in (".small.old", ".small.partial-12ab")]  # by rewrites that were killed
+    for folder in left:
+        folder.mkdir()
+    rewrite_checkpoint(tiny / "model", tmp_path / "small", [0, 3, 7])
+    assert not any(folder.exists() for folder in left)
     shard = next((tmp_path / "small").glob("*.safetensors"))
     os.truncate(shard, shard.stat().st_size - 1)
     rewrite_checkpoint(tiny / "model", tmp_path / "small", [0, 3, 7])

@@ -54,7 +54,7 @@ def rewrite(
     from mpruner_dist.checkpoints.source import resolve_source
     from mpruner_dist.exchange import foreign_form, read_any_plan
     from mpruner_dist.plan import parse_keep
-    from mpruner_dist.rewriting.finished import Request, is_finished
+    from mpruner_dist.rewriting.finished import Request, clear_beside, is_finished
     from mpruner_dist.rewriting.layout import parse_size
 
     if (plan_file is None) == (not keep):
@@ -75,6 +75,7 @@ def rewrite(
         layers = require_one_stack(folder, kept, export, config_folder, trust_remote_code)  # before the work
     request = Request(open_checkpoint(folder, config_folder).fingerprint(), kept, size, drop_mtp, preserve_pattern)
     if not universal and is_finished(request, target):  # before the seconds that torch takes to start
+        clear_beside(target)
         typer.echo(f"{target}: done before")
     elif universal:
         from mpruner_dist.rewriting.universal import rewrite_universal

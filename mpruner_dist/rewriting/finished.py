@@ -1,6 +1,7 @@
 """Whether a rewrite is done already: told from the files, without torch."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,12 @@ def is_finished(request: Request, target: Path) -> bool:
     except UserError:
         return False
     return is_made_by(request, target)
+
+
+def clear_beside(target: Path) -> None:
+    """Remove what rewrites that were killed have left beside a finished one."""
+    for leftover in (target.with_name(f".{target.name}.old"), *target.parent.glob(f".{target.name}.partial-*")):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def is_made_by(request: Request, target: Path) -> bool:

@@ -23,7 +23,7 @@ from mpruner_dist.models.serving import kinds_and_pattern
 from mpruner_dist.models.signature import FIRST_ONLY
 from mpruner_dist.models.stacks import choose_stacks, find_stacks, run_stacks
 from mpruner_dist.plan import Keep, Plan, by_stack, format_layers, nearest_matching
-from mpruner_dist.rewriting.finished import LAYER_MAP, Request, is_finished, layer_map
+from mpruner_dist.rewriting.finished import LAYER_MAP, Request, clear_beside, is_finished, layer_map
 from mpruner_dist.rewriting.layout import ShardCopy, StackNames, copy_shard, new_names, plan_copies
 from mpruner_dist.rewriting.proof import Claim, prove
 from mpruner_dist.rewriting.shrink import Kept, Skeleton, shrink
@@ -115,6 +115,7 @@ def rewrite_checkpoint(
     require_target(checkpoint, target)
     request = Request(checkpoint.fingerprint(), kept, max_shard_bytes, drop_next_token, preserve_pattern)
     if is_finished(request, target):
+        clear_beside(target)
         return
     options = Options(drop_next_token, preserve_pattern, trust_remote_code)
     rewrite = prepare(checkpoint, kept, options)
@@ -128,8 +129,7 @@ def rewrite_checkpoint(
     _write_descriptions(partial, copies, rewrite, request)
     run_tasks(prove, [Claim(checkpoint.companions, partial, rewrite.strange, trust_remote_code)])
     commit_folder(partial, target)
-    for leftover in target.parent.glob(f".{target.name}.partial-*"):
-        shutil.rmtree(leftover)
+    clear_beside(target)
 
 
 def prepare(checkpoint: StoredCheckpoint, kept: Keep, options: Options) -> Rewrite:
