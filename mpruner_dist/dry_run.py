@@ -24,13 +24,10 @@ from mpruner_dist.logs import show_progress
 from mpruner_dist.models.loading import quiet_transformers
 from mpruner_dist.models.naming import layer_names
 from mpruner_dist.models.positions import require_positions
-from mpruner_dist.plan import read_plan
-from mpruner_dist.planning.budget import Budget
+from mpruner_dist.planning.budget import Budget, require_budget
 from mpruner_dist.planning.greedy import greedy_passes
-from mpruner_dist.retraining.matching import require_fitting_teacher
-from mpruner_dist.retraining.metrics import require_loggers
+from mpruner_dist.retraining.requirements import require_retraining
 from mpruner_dist.retraining.settings import hidden_size, training_settings
-from mpruner_dist.retraining.targets import require_targets
 from mpruner_dist.rounds import Base, round_config
 from mpruner_dist.similarity.collect import require_pairs, require_samples
 from mpruner_dist.tasks import task_of
@@ -57,7 +54,7 @@ def describe(config: Config) -> Rows:
     layers = [layer for of_stack in stacks.values() for layer in of_stack]
     depth, sizes = len(layers), layer_parameters(checkpoint, layers)
     depths = [len(of_stack) for of_stack in stacks.values()]
-    require_targets(config.retrain, model_config, config.model.trust_remote_code)
+    require_retraining(config, source, checkpoint.config)
     require_extras(config)
     reader, reads = make_reader(config, source), FACTS[config.model.task].reads
     with TemporaryDirectory() as folder:
@@ -72,9 +69,9 @@ def describe(config: Config) -> Rows:
     # the workers choose by their own memory; what a replica would take is the most that it can be
     inference = inference_settings(given, 0 if chosen == "auto" else chosen, config.model.dtype)
     stage = "auto: 0 if the weights fit in a worker's free memory, else 3" if chosen == "auto" else str(chosen)
-    if config.plan.file is not None:
-        read_plan(config.plan.file, depth)
-    if config.plan.keep_layers == depth:
+    if config.rounds is None:
+        require_budget(config.plan, depths, sizes, checkpoint.num_parameters - sum(sizes))
+    elif config.plan.keep_layers == depth:
         raise UserError(f"plan.keep_layers {depth}: the model has {depth} layers, so that none would go")
     round_one = (
         config if config.rounds is None else round_config(config, Base(0, config.model.path, list(range(depth))), 1)
@@ -175,13 +172,6 @@ def _retraining(
         return [("retraining", "none")]
     given, workers = read_deepspeed_config(retrain.deepspeed), config.cluster.workers
     settings = training_settings(given, retrain, config.model.dtype, workers, hidden_size(checkpoint.config))
-    require_loggers(retrain.log_to)
-    if retrain.distillation is not None:
-        named = retrain.distillation.teacher
-        teacher = source if named is None else resolve_source(named, None)
-        require_fitting_teacher(
-            teacher, source, retrain.distillation, config.model.trust_remote_code, config.model.task
-        )
     trained = _trained(config, checkpoint, layers, sizes)
     epochs = retrain.steps * retrain.batch_size / len(train)
     return [

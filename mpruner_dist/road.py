@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.checkpoints.source import resolve_source
 from mpruner_dist.cluster.address import cluster_address
-from mpruner_dist.cluster.settings import read_deepspeed_config
+from mpruner_dist.cluster.settings import quantized, read_deepspeed_config
 from mpruner_dist.config import Config
 from mpruner_dist.plan import Plan, read_plan
 from mpruner_dist.runs.digest import digest
@@ -111,6 +111,11 @@ class Road:
         work = self.folder / kind / digest(inputs)
         work.mkdir(parents=True, exist_ok=True)
         return work
+
+    def rounding(self) -> Inputs:
+        """What of `cluster.deepspeed` results of forward passes depend on: nothing, unless it quantizes."""
+        rounded = quantized(read_deepspeed_config(self.config.cluster.deepspeed))
+        return {"deepspeed": rounded} if rounded else {}
 
     def on_workers(
         self, stage: str, job: Any, given: Inputs | None = None, *,

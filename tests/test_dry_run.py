@@ -64,6 +64,30 @@ def test_texts_longer_than_learned_positions_are_refused(
     assert code == 0, output
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"plan": {"method": "last", "keep_layers": 99}}, "99 layers cannot be kept of 8"),
+        ({"plan": {"method": "last", "keep_layers": 8}}, "the model has 8 layers and"),
+        ({"plan": {"method": "last", "keep_layers": 1}}, "would remove one of the protected [0, 7]"),
+        ({"plan": {"method": "last", "target_parameters": 9}}, "plan.target_parameters 9 cannot be met"),
+        ({"plan": {"method": "file", "file": "nowhere.json"}}, "cannot read the plan nowhere.json"),
+        ({"retrain": {"deepspeed": "nowhere.json"}}, "cannot read nowhere.json"),
+        ({"retrain": {"distillation": {"teacher": "nowhere"}}}, "nowhere"),
+        ({"retrain": {"lora": {"targets": ["nothing"]}}}, "nothing"),
+    ],
+)
+def test_a_run_refuses_before_it_collects_what_a_dry_run_refuses(
+    command: Cli, tmp_path: Path, settings: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    settings["retrain"] = settings["retrain"] | changes.get("retrain", {})
+    config = write_config(tmp_path / "config.yaml", settings | changes | {"retrain": settings["retrain"]})
+    for arguments in (("--dry-run",), ("--run-dir", tmp_path / "run")):
+        code, output = command("run", config, *arguments)
+        assert code == 2, output
+        assert message in " ".join(output.split())
+
+
 def test_brackets_in_names_are_no_markup(
     command: Cli, tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

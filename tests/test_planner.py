@@ -112,6 +112,20 @@ def test_a_budget_of_parameters_counts_layers_of_unequal_size() -> None:
         assert sum(sizes[layer] for layer in more.kept) > 100
 
 
+def test_a_budget_of_parameters_is_met_in_the_pattern_too() -> None:
+    """Where the pattern puts large layers into the place of small ones, more of them go."""
+    sizes, kinds = [10, 1] * 4, ["large", "small"] * 4
+    config = PlanConfig(method="influence", target_parameters=30)
+    given: dict[str, Any] = {"influence": [9, 0.9, 0.1, 0.8, 0.2, 0.7, 0.3, 9], "parameters": sizes}
+    free = make_plan(near(8), config, **given)
+    assert (len(free.kept), sum(sizes[layer] for layer in free.kept)) == (6, 24)
+    bound = make_plan(near(8), config, pattern=(kinds, kinds), **given)
+    assert [kinds[layer] for layer in bound.kept] == kinds[:4]
+    assert sum(sizes[layer] for layer in bound.kept) == 22
+    with pytest.raises(UserError, match="target_parameters 10 cannot be met"):
+        make_plan(near(8), config.model_copy(update={"target_parameters": 10}), pattern=(kinds, kinds), **given)
+
+
 @pytest.mark.parametrize(("first", "last", "least"), [(1, 1, 250), (0, 0, 150), (0, 1, 250), (1, 0, 150)])
 def test_a_budget_of_parameters_below_the_least_is_told_with_numbers(first: int, last: int, least: int) -> None:
     with pytest.raises(UserError, match=rf"plan\.target_parameters 120 cannot be met.*{least}"):

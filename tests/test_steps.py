@@ -19,6 +19,7 @@ from mpruner_dist.evaluation import job
 from mpruner_dist.models.scoring import Score
 from mpruner_dist.plan import Plan
 from mpruner_dist.rewriting.rewrite import run_here
+from mpruner_dist.road import Road
 from mpruner_dist.runs.commit import write_json
 from mpruner_dist.runs.folder import RunFolder, open_run
 from mpruner_dist.steps.evaluate import baseline
@@ -40,7 +41,9 @@ def test_a_task_whose_files_change_is_another_task(tmp_path: Path) -> None:
     make_model("llama", tmp_path / "model")
     (tmp_path / "tasks/__pycache__").mkdir(parents=True)
     (tmp_path / "tasks/quiz.yaml").write_text("task: quiz")
-    road: Any = SimpleNamespace(config=config_for(tmp_path / "tasks"), source=tmp_path / "model", text=str)
+    road: Any = SimpleNamespace(
+        config=config_for(tmp_path / "tasks"), source=tmp_path / "model", text=str, rounding=dict
+    )
     before = baseline(road)[0]
     (tmp_path / "tasks/__pycache__/utils.pyc").write_bytes(b"compiled")
     assert baseline(road)[0] == before
@@ -61,6 +64,7 @@ def test_rounds_from_the_same_model_share_the_losses_of_plans(tmp_path: Path) ->
     for number in (1, 2):
         road: Any = SimpleNamespace(
             run=run, config=config, model_id="the same", text=str, source=tmp_path, blocks=Path, on_workers=on_workers,
+            rounding=dict,
             work=lambda kind, inputs, number=number: tmp_path / f"round-{number:02d}",
         )  # fmt: skip
         judge(road, {}, None, 1.0)
@@ -76,6 +80,20 @@ def test_what_a_deepspeed_configuration_says_of_the_result() -> None:
     optimizer = {"type": "AdamW", "params": {"lr": "auto"}}
     given = {"optimizer": optimizer, "fp16": {"enabled": True, "loss_scale": 8}, "train_batch_size": 4}
     assert _result_of(given) == {"optimizer": optimizer, "fp16": {"loss_scale": 8}}
+
+
+def test_weights_that_are_quantized_are_other_weights(tmp_path: Path) -> None:
+    """What says only where tensors lie is not among the inputs of a stage that runs forward."""
+    make_model("llama", tmp_path / "model")
+    settings = config_for(tmp_path).model_dump(mode="json")
+    settings["model"]["path"] = str(tmp_path / "model")
+    settings["cluster"]["deepspeed"] = str(tmp_path / "zero.json")
+    zero: dict[str, Any] = {"stage": 3, "offload_param": {"device": "cpu"}}
+    seen = []
+    for more in ({}, {"zero_quantized_weights": True}):
+        write_json(tmp_path / "zero.json", {"zero_optimization": zero | more})
+        seen.append(Road(Config.model_validate(settings), RunFolder(tmp_path / "run", "")).rounding())
+    assert seen == [{}, {"deepspeed": {"zero_quantized_weights": True}}]
 
 
 class Opened:

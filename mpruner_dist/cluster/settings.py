@@ -118,6 +118,12 @@ def zero_stage(settings: Settings) -> int:
     return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
+def quantized(given: Settings) -> Settings:
+    """What of a user's zero_optimization rounds weights or gradients coarsely, on which results then depend."""
+    zero = given.get("zero_optimization")
+    return {key: value for key, value in zero.items() if "quantized" in key} if isinstance(zero, dict) else {}
+
+
 def given_stage(given: Settings, otherwise: Any) -> Any:
     """ZeRO stage that a user's DeepSpeed configuration asks for, or "auto"; `otherwise` if it asks for none."""
     zero = given.get("zero_optimization")

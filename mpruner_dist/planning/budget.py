@@ -1,9 +1,11 @@
 """How many layers must go. L layers."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from mpruner_dist.config import PlanConfig
 from mpruner_dist.errors import UserError
+from mpruner_dist.plan import read_plan
 from mpruner_dist.planning.proposals import Proposal
 
 
@@ -20,6 +22,35 @@ def protected_layers(stacks: Sequence[int], config: PlanConfig) -> set[int]:
         begin += depth
         protected |= {*layers[: max(config.protect_first, first_stays)], *layers[max(depth - config.protect_last, 0) :]}
     return protected
+
+
+def require_budget(config: PlanConfig, stacks: Sequence[int], parameters: Sequence[int], other_parameters: int) -> None:
+    """Refuse a budget, or a plan in a file, that no similarities could meet.
+
+    Args:
+        config: what is asked for.
+        stacks: how many layers are in each stack.
+        parameters: of each layer.
+        other_parameters: of the model outside its layers.
+
+    Raises:
+        UserError: it asks for more layers than there are, for fewer than must stay, or for no change.
+    """
+    if config.method == "file":
+        read_plan(config.file or Path(), sum(stacks))
+    elif config.keep_layers is not None or config.target_parameters is not None:
+        budget = Budget(config, stacks, parameters, other_parameters)
+        if budget.is_met([]):
+            asked = "keep_layers" if config.keep_layers is not None else "target_parameters"
+            raise UserError(
+                f"plan.{asked} {getattr(config, asked)}: the model has {budget.depth} layers and "
+                f"{budget.left([])} parameters, so that none would go"
+            )
+        budget.free()
+
+
+class NoneFits(UserError):
+    """No plan that removes so many layers is as it must be; one that removes more may be."""
 
 
 class Budget:
@@ -102,6 +133,10 @@ class Budget:
                 if keep is not None:
                     raise UserError(f"plan.keep_layers: {error}") from error
                 break  # nor can more go
+            except NoneFits:
+                if keep is not None:
+                    raise
+                continue
             if self.is_met(proposal.dropped):
                 return proposal
         raise self.missed(proposal.dropped)

@@ -11,7 +11,7 @@ from mpruner_dist.config import PlanConfig
 from mpruner_dist.config.plan import JUDGED
 from mpruner_dist.errors import UserError
 from mpruner_dist.plan import Plan, by_stack, nearest_matching, read_plan
-from mpruner_dist.planning.budget import Budget, protected_layers
+from mpruner_dist.planning.budget import Budget, NoneFits, protected_layers
 from mpruner_dist.planning.clusters import apart, stack_starts
 from mpruner_dist.planning.greedy import greedy
 from mpruner_dist.planning.losses import Losses
@@ -68,20 +68,16 @@ def make_plan(
         *(None if some is None else np.asarray(some, np.float64) for some in (stderr, influence, angular)),
     )
     measured.require(config)
+    change = partial(_into_pattern, pattern=pattern, stacks=stacks, protected=protected_layers(stacks, config))
     if config.keep_layers is None and config.target_parameters is None:
-        proposal = _by_threshold(measured, config, stacks, at_least, losses)
+        proposal = change(_by_threshold(measured, config, stacks, at_least, losses))
     else:
-        proposal = _within(Budget(config, stacks, parameters, other_parameters), measured, losses)
-    reasons = proposal.reasons
-    kept = [layer for layer in range(depth) if layer not in proposal.dropped]
-    if pattern is not None:
-        kept = _nearest(kept, pattern, stacks, protected_layers(stacks, config))
-        reasons = {layer: reasons.get(layer, INSTEAD) for layer in range(depth) if layer not in kept}
+        proposal = _within(Budget(config, stacks, parameters, other_parameters), measured, losses, change)
     return Plan.keeping(
         depth,
-        kept,
+        [layer for layer in range(depth) if layer not in proposal.dropped],
         clusters=[sorted(cluster) for cluster in proposal.clusters],
-        reasons={str(layer): reasons[layer] for layer in sorted(reasons)},
+        reasons={str(layer): proposal.reasons[layer] for layer in sorted(proposal.reasons)},
         method=config.method,
         judged=losses.summary(proposal.dropped) if losses and config.method in JUDGED else None,
     )
@@ -103,10 +99,16 @@ def _by_threshold(
     return _within(Budget(fewer, stacks), measured, losses)
 
 
-def _within(budget: Budget, measured: Similarities, losses: Losses | None) -> Proposal:
+def _within(
+    budget: Budget,
+    measured: Similarities,
+    losses: Losses | None,
+    change: Callable[[Proposal], Proposal] = lambda proposal: proposal,
+) -> Proposal:
+    """The plan that meets the budget; what is proposed is changed by `change` before it is asked whether it does."""
     config = budget.config
     if config.method not in JUDGED:
-        return budget.fewest(lambda remove: propose(measured, config, budget.protected, remove))
+        return budget.fewest(lambda remove: change(propose(measured, config, budget.protected, remove)))
     if losses is None:
         raise UserError(f"method {config.method} needs the losses of plans, and there is nothing that measures them")
     free = budget.free()
@@ -129,6 +131,20 @@ def _proposals(budget: Budget, measured: Similarities) -> list[list[int]]:
     return found
 
 
+def _into_pattern(proposal: Proposal, pattern: Pattern | None, stacks: Sequence[int], protected: set[int]) -> Proposal:
+    """The proposal with as many layers, in the pattern if there is one.
+
+    Raises:
+        NoneFits: so many layers do not keep it.
+    """
+    if pattern is None:
+        return proposal
+    layers = range(sum(stacks))
+    kept = _nearest([layer for layer in layers if layer not in proposal.dropped], pattern, stacks, protected)
+    dropped = [layer for layer in layers if layer not in kept]
+    return Proposal(dropped, {layer: proposal.reasons.get(layer, INSTEAD) for layer in dropped}, proposal.clusters)
+
+
 def _nearest(kept: list[int], pattern: Pattern, stacks: Sequence[int], protected: set[int]) -> list[int]:
     """As many layers of each stack, in the pattern, as many of them as possible among those that were to be kept."""
     have, need = pattern
@@ -137,12 +153,12 @@ def _nearest(kept: list[int], pattern: Pattern, stacks: Sequence[int], protected
     for depth, mine in zip(stacks, by_stack(kept, stacks), strict=True):
         some = nearest_matching(have[first : first + depth], need[first : first + len(mine)], mine)
         if some is None:
-            raise UserError(f"plan.preserve_pattern: no {len(mine)} layers keep the pattern of kinds; keep more layers")
+            raise NoneFits(f"plan.preserve_pattern: no {len(mine)} layers keep the pattern of kinds; keep more layers")
         found += [first + layer for layer in some]
         first += depth
     lost = sorted(protected - set(found))
     if lost:
-        raise UserError(
+        raise NoneFits(
             f"plan.preserve_pattern: the nearest {len(kept)} layers that keep the pattern leave out layers {lost}, "
             "which plan.protect_first and plan.protect_last keep: lower those, or keep another number of layers"
         )

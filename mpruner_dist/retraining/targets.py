@@ -10,7 +10,7 @@ from mpruner_dist.models.loading import empty_model
 from mpruner_dist.models.stacks import run_stacks
 
 
-def require_targets(config: RetrainConfig | None, model_config: Any, trust_remote_code: bool = False) -> None:
+def require_targets(config: RetrainConfig, model_config: Any, trust_remote_code: bool = False) -> None:
     """Refuse, before anything is done, what the unpruned model cannot: targets that its layers do not have, and parts.
 
     Args:
@@ -22,8 +22,6 @@ def require_targets(config: RetrainConfig | None, model_config: Any, trust_remot
         UserError: with the nearest names and all others; or the model has batch normalisation, of which no part can be
             trained alone, and no image alone.
     """
-    if config is None:
-        return
     model = empty_model(model_config, trust_remote_code)
     if config.lora is not None or config.trainable != "all":
         require_no_running_means(model)

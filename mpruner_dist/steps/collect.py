@@ -4,7 +4,9 @@ import logging
 from functools import partial
 from typing import Any
 
+from mpruner_dist.checkpoints.naming import layer_parameters
 from mpruner_dist.config import Config
+from mpruner_dist.planning.budget import require_budget
 from mpruner_dist.planning.clusters import open_decisions, stack_starts
 from mpruner_dist.road import Road, Step
 from mpruner_dist.runs.folder import Inputs
@@ -19,6 +21,7 @@ def collect(road: Road) -> Step:
         "dtype": road.config.model.dtype,
         "calibration": road.text("calibration"),
         "collect": road.config.collect.model_dump(exclude={"save_every"}),
+        **road.rounding(),
     }
     if road.config.collect.until == "settled":
         plan = road.config.plan
@@ -29,19 +32,24 @@ def collect(road: Road) -> Step:
         from mpruner_dist.data.parts import load_part
         from mpruner_dist.models.naming import layer_names
         from mpruner_dist.models.positions import require_positions
-        from mpruner_dist.retraining.targets import require_targets
+        from mpruner_dist.retraining.requirements import require_retraining
         from mpruner_dist.similarity.collect import collect_job, require_pairs, require_samples
         from mpruner_dist.similarity.stage import is_settled, write_cka
 
         remote_code = road.config.model.trust_remote_code
         model_config = read_config(road.source, remote_code)
-        require_targets(road.config.retrain, model_config, remote_code)  # now, not hours later
+        require_retraining(road.config, road.original, road.checkpoint.config)  # now, not hours later
         require_samples(load_part(road.blocks("calibration")), road.config.collect)
         names = layer_names(road.checkpoint.tensors, model_config, remote_code)
         require_pairs(names)
         require_positions(model_config, road.config)
         layers = [layer for of_stack in names.values() for layer in of_stack]
-        stacks = {stack: len(of_stack) for stack, of_stack in names.items()} if len(names) > 1 else None
+        depths = {stack: len(of_stack) for stack, of_stack in names.items()}
+        if road.config.rounds is None:
+            sizes = layer_parameters(road.checkpoint, layers)
+            others = road.checkpoint.num_parameters - sum(sizes)
+            require_budget(road.config.plan, list(depths.values()), sizes, others)
+        stacks = depths if len(names) > 1 else None
         decisions = _decisions(road.config, stacks) if "settled" in inputs else None
         sums = road.work("stats", inputs)
         measure = road.config.plan.measure

@@ -38,6 +38,7 @@ def _measurement(road: Road, stage: str, artefact: str, models: dict[str, Path],
         "dtype": road.config.model.dtype,
         part: road.text(part),
         "evaluate": section.model_dump(exclude={"tasks"}),
+        **road.rounding(),
     }
     if tasks:
         inputs["tasks"] = [task_inputs(task) for task in tasks]

@@ -75,6 +75,7 @@ def judged_inputs(road: Road) -> Inputs:
         "dtype": road.config.model.dtype,
         "validation": road.text("validation"),
         "batch_size": road.config.evaluate.batch_size,
+        **road.rounding(),
     }
 
 

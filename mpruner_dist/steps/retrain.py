@@ -6,11 +6,10 @@ from typing import Any
 
 from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.checkpoints.source import resolve_source
-from mpruner_dist.cluster.settings import Settings, read_deepspeed_config
+from mpruner_dist.cluster.settings import Settings, quantized, read_deepspeed_config
 from mpruner_dist.config import RetrainConfig
 from mpruner_dist.errors import UserError
 from mpruner_dist.retraining.freezing import beside_gaps
-from mpruner_dist.retraining.metrics import require_loggers
 from mpruner_dist.retraining.settings import hidden_size, training_settings
 from mpruner_dist.road import Road, Step
 from mpruner_dist.runs.folder import Inputs
@@ -61,25 +60,21 @@ def retrain(road: Road) -> Step:
 
     def make() -> None:
         from mpruner_dist.retraining.job import retrain_job, write_summary
-        from mpruner_dist.retraining.matching import require_fitting_teacher
+        from mpruner_dist.retraining.requirements import require_retraining
         from mpruner_dist.retraining.resume import prepare_resume
 
         width = hidden_size(road.checkpoint.config)
         settings = partial(training_settings, given, section, dtype, width=width)
-        settings(road.config.cluster.workers)  # what is wrong in it is said before anything is prepared
-        require_loggers(section.log_to)
+        require_retraining(road.config, road.original, road.checkpoint.config)
         layers = beside_gaps(plan.kept, road.stacks()) if section.trainable == "neighbours" else None
         words = None
-        if distillation is not None and teacher is not None:
-            model = road.config.model
-            require_fitting_teacher(teacher, road.original, distillation, model.trust_remote_code, model.task)
-            if distillation.cache:
-                # the same teacher in all rounds
-                words = (road.run or road).work("retrain/teacher", {
-                    **{name: inputs[name] for name in ("teacher", "dtype", "train")},
-                    "words": [distillation.top_k, distillation.temperature],
-                    "order": [section.steps, section.batch_size, section.seed],
-                })  # fmt: skip
+        if distillation is not None and distillation.cache:
+            # the same teacher in all rounds
+            words = (road.run or road).work("retrain/teacher", {
+                **{name: inputs[name] for name in ("teacher", "dtype", "train")},
+                "words": [distillation.top_k, distillation.temperature],
+                "order": [section.steps, section.batch_size, section.seed],
+            })  # fmt: skip
         work = road.work("retrain", inputs)
         road.on_workers(
             "retrain", retrain_job, given=given, usable=partial(_can_share, section, settings),
@@ -107,8 +102,7 @@ def _can_share(section: RetrainConfig, settings: Callable[[int], Settings], work
 
 def _result_of(given: Settings) -> dict[str, Any]:
     """What of a DeepSpeed configuration says what comes out: not the shape, but gradients that are rounded coarsely."""
-    zero = given.get("zero_optimization")
-    rounded = {key: value for key, value in zero.items() if "quantized" in key} if isinstance(zero, dict) else {}
+    rounded = quantized(given)
     # "auto" is what the run would fill in without it, and the number type is the run's
     result = {key: value for key, value in given.items() if key not in DEEPSPEED_SHAPE and value != "auto"}
     for key in ("bf16", "fp16"):
