@@ -68,7 +68,7 @@ class RetrainConfig(Section):
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Where the learning rate ends, as a share of its highest."""
     warmup_steps: NonNegative = 10
-    """Steps in which it rises from 0."""
+    """Steps in which it rises from 0; DeepSpeed's schedules leave it there for the first two."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Of AdamW."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0

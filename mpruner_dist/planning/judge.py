@@ -74,7 +74,8 @@ class WorkersJudge:
         """
         batches = num_batches(end - first, self.config.evaluate.batch_size)
         rows = [(begin, end, batches) for begin in range(first, first + batches)]
-        predictions = [int(self.task.predictions(self.part.rows(range(*batch))).sum()) for batch in rows]
+        every = self.task.predictions(self.part)
+        predictions = [int(every[slice(*batch)].sum()) for batch in rows]
 
         def judge(pairs: list[tuple[Kept, int]]) -> list[float]:
             found = self.measure([(kept, rows[batch]) for kept, batch in pairs])

@@ -114,10 +114,11 @@ class Trainer:
         if self._looks_after(first):  # saved before it was looked at
             self._validate(first, validation, eval_batch_size)
         self.worker.begin_progress("retrain", "steps", config.steps, first)
+        predictions = self.task.predictions(train)
         for step in range(first, config.steps):
             begun = time.monotonic()
             rate = self.engine.get_lr()[0]  # the scheduler then sets that of the next step
-            loss = self._step(step, train, order)
+            loss = self._step(step, train, order, int(predictions[order.rows(step)].sum()))
             share_normalisations(self.worker, self.engine.module)
             done = step + 1
             seconds = time.monotonic() - begun
@@ -138,14 +139,13 @@ class Trainer:
         """Whether the validation loss is measured after so many steps."""
         return step % self.config.eval_every == 0 or step == self.config.steps
 
-    def _step(self, step: int, train: Part, order: DataOrder) -> float:
-        """One optimizer step; its loss a prediction, over all workers."""
+    def _step(self, step: int, train: Part, order: DataOrder, predictions: int) -> float:
+        """One optimizer step, of so many predictions; its loss a prediction, over all workers."""
         worker, config = self.worker, self.config
         seed = hash((config.seed, step, worker.rank))
         torch.manual_seed(seed % 2**63)  # dropout, if any, resumes the same
         np.random.seed(seed % 2**32)  # as do the masks by which transformers' Whisper varies spectra
         micro_batches = order.micro_batches(step, worker.rank, worker.world_size, config.micro_batch_size)
-        predictions = int(self.task.predictions(train.rows(order.rows(step))).sum())
         losses = torch.zeros(len(micro_batches), worker.world_size, dtype=torch.float64, device=worker.device)
         for turn, rows in enumerate(micro_batches):
             loss = self._loss(rows, self.task.batch(train.rows(rows), worker.device))
