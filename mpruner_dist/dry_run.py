@@ -21,6 +21,7 @@ from mpruner_dist.data.readers import make_reader
 from mpruner_dist.errors import UserError
 from mpruner_dist.evaluation.extras import require_extras
 from mpruner_dist.logs import show_progress
+from mpruner_dist.models.engines import logits_bytes
 from mpruner_dist.models.loading import quiet_transformers
 from mpruner_dist.models.naming import layer_names
 from mpruner_dist.models.positions import require_positions
@@ -141,11 +142,7 @@ def _planning(
 
 
 def _evaluation(config: Config, checkpoint: CheckpointFolder, settings: Settings, model_config: Any, test: Part) -> str:
-    # the logits of a class are a few numbers
-    most = getattr(model_config, "max_target_positions", config.data.block_size)  # of speech
-    said = (config.data.target_size or most) if FACTS[config.model.task].unit == "token" else 0
-    words = said * model_config.vocab_size if said else 0
-    memory = _weights(config, checkpoint, settings) + config.evaluate.batch_size * words * 8
+    memory = _weights(config, checkpoint, settings) + logits_bytes(config, model_config)
     models, task = 2 if config.retrain is None else 3, task_of(config.model)
     return f"{models} models on {task.size(test):,} {task.facts.unit}s, {_bytes(memory)} a worker"
 

@@ -52,6 +52,16 @@ def test_pinned_memory_is_counted_as_torch_reserves_it() -> None:
         choose_shape(elements, 2, 1, 24 * GB, 47 * GB)
 
 
+def test_the_logits_of_a_batch_need_room_too() -> None:
+    """Of 7B on 24 GB: a replica alone fits, but not beside batches of long texts."""
+    assert choose_shape(tensors(15.2), 2, 8, 24 * GB, 400 * GB).stage == 0
+    shape = choose_shape(tensors(15.2), 2, 8, 24 * GB, 400 * GB, 12 * GB)
+    assert (shape.stage, shape.offload) == (3, False)
+    assert "24.0 GB are free for each worker, 12.0 GB of them for the logits of a batch" in shape.reason
+    with pytest.raises(StageFailure, match=r"Use a smaller evaluate\.batch_size, more workers"):
+        choose_shape(tensors(15.2), 2, 8, 24 * GB, 400 * GB, 30 * GB)
+
+
 def test_free_memory_of_this_machine_is_shared_by_its_workers() -> None:
     one, beside = free_memory(torch.device("cpu"), 1)
     assert beside is None

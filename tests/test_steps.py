@@ -137,7 +137,8 @@ def test_a_signal_during_a_task_is_heard_after_it(tmp_path: Path, monkeypatch: p
     blocks = Blocks(np.zeros((1, 8), np.int32), np.array([8]))
     engine = SimpleNamespace(module=SimpleNamespace(config=None), destroy=lambda: None)
     for name, value in {
-        "start_deepspeed": None, "forward_settings": {}, "load_part": blocks, "inference_engine": engine,
+        "start_deepspeed": None, "forward_settings": {}, "logits_bytes": 0, "read_config": None, "load_part": blocks,
+        "inference_engine": engine,
         "num_batches": 1, "score_part": score, "run_blocks": range(8),
         "read_checkpoint": SimpleNamespace(num_parameters=1, num_bytes=4),
     }.items():  # fmt: skip

@@ -24,7 +24,9 @@ class Shape:
     reason: str
 
 
-def choose_shape(elements: Iterable[int], width: int, workers: int, free: int, free_beside: int | None) -> Shape:
+def choose_shape(
+    elements: Iterable[int], width: int, workers: int, free: int, free_beside: int | None, logits: int = 0
+) -> Shape:
     """The quickest shape that fits.
 
     Args:
@@ -33,13 +35,17 @@ def choose_shape(elements: Iterable[int], width: int, workers: int, free: int, f
         workers: their number.
         free: bytes of a worker's device that nobody uses, of the worker that has least.
         free_beside: bytes of CPU memory for a worker on a GPU; None for a worker on CPUs.
+        logits: bytes that those of a batch take beside the weights.
 
     Raises:
         StageFailure: nothing fits.
     """
     elements = list(elements)
     weights = sum(elements) * width
-    here = f"{_bytes(free)} are free for each worker"
+    here, less = f"{_bytes(free)} are free for each worker", ""
+    if logits:
+        free -= logits
+        here, less = f"{here}, {_bytes(logits)} of them for the logits of a batch", "a smaller evaluate.batch_size, "
     # each worker loads its replica through CPU memory
     loads = free_beside is None or workers == 1 or weights <= ROOM * free_beside
     if weights <= ROOM * free and loads:
@@ -58,7 +64,7 @@ def choose_shape(elements: Iterable[int], width: int, workers: int, free: int, f
     if free_beside is not None:
         here += f" and {_bytes(free_beside)} of CPU memory, where a partition would take {_bytes(pinned)}"
     raise StageFailure(
-        f"the model does not fit: {needed}, {here}. Use more workers or more memory, or name a DeepSpeed "
+        f"the model does not fit: {needed}, {here}. Use {less}more workers or more memory, or name a DeepSpeed "
         "configuration with offload_param to nvme under cluster.deepspeed"
     )
 

@@ -13,10 +13,11 @@ from mpruner_dist.cluster.engine import let_go, start_deepspeed
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config, TaskConfig
 from mpruner_dist.data.blocks import num_batches
+from mpruner_dist.data.model_folder import read_config
 from mpruner_dist.data.parts import load_part
 from mpruner_dist.evaluation.generation import generated_quality
 from mpruner_dist.evaluation.tasks import run_task
-from mpruner_dist.models.engines import forward_settings, inference_engine
+from mpruner_dist.models.engines import forward_settings, inference_engine, logits_bytes
 from mpruner_dist.models.scoring import score_part
 from mpruner_dist.models.stacks import run_blocks
 from mpruner_dist.runs.commit import write_json
@@ -46,7 +47,9 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
     todo = worker.select_on_first(spec["models"], lambda label: not (results / f"{label}.json").exists())
     start_deepspeed(worker.device)
     # one shape for all models, that of the largest, so that their speeds can be compared
-    settings = forward_settings(worker, spec["deepspeed"], config, Path(spec["original"]))
+    original = Path(spec["original"])
+    logits = logits_bytes(config, read_config(original, config.model.trust_remote_code))
+    settings = forward_settings(worker, spec["deepspeed"], config, original, logits)
     part, task = load_part(spec["blocks"]), task_of(config.model)
     for label in todo:
         folder = Path(spec["models"][label])

@@ -12,13 +12,30 @@ from mpruner_dist.cluster.settings import Settings, given_stage, inference_setti
 from mpruner_dist.cluster.shape import choose_shape, free_memory
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config, ModelConfig
+from mpruner_dist.config.task import FACTS
 from mpruner_dist.models.loading import load_model
 from mpruner_dist.models.streaming import CannotStream, stream_model
 from mpruner_dist.tasks import task_of
 
 
-def forward_settings(worker: Worker, given: Settings, config: Config, folder: Path) -> Settings:
+def logits_bytes(config: Config, model_config: Any) -> int:
+    """Of a batch of evaluation: in the weights' number type and twice in float32, for the loss; those of classes are few.
+
+    Args:
+        config: of the run.
+        model_config: transformers' own.
+    """
+    if FACTS[config.model.task].unit != "token":
+        return 0
+    most = getattr(model_config, "max_target_positions", config.data.block_size)  # of speech
+    words = (config.data.target_size or most) * model_config.get_text_config().vocab_size
+    return int(config.evaluate.batch_size * words * (getattr(torch, config.model.dtype).itemsize + 8))
+
+
+def forward_settings(worker: Worker, given: Settings, config: Config, folder: Path, logits: int = 0) -> Settings:
     """The DeepSpeed configuration of forward passes of a model, in a shape that fits where nobody asked for one.
+
+    `logits` are bytes that each worker needs beside the weights.
 
     Raises:
         StageFailure: none fits.
@@ -34,6 +51,7 @@ def forward_settings(worker: Worker, given: Settings, config: Config, folder: Pa
         worker.world_size,
         least[0],
         None if beside is None else least[1],
+        logits,
     )
     worker.say(shape.reason)
     return inference_settings(given, shape.stage, config.model.dtype, offload=shape.offload)

@@ -16,9 +16,10 @@ from mpruner_dist.cluster.settings import zero_stage
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config
 from mpruner_dist.data.blocks import num_batches, turns_of
+from mpruner_dist.data.model_folder import read_config
 from mpruner_dist.data.parts import Part, load_part
 from mpruner_dist.models.blocks import plain_blocks, skipped
-from mpruner_dist.models.engines import forward_settings, inference_engine
+from mpruner_dist.models.engines import forward_settings, inference_engine, logits_bytes
 from mpruner_dist.models.scoring import forward
 from mpruner_dist.models.stacks import run_blocks
 from mpruner_dist.planning.losses import Kept, Losses
@@ -58,10 +59,12 @@ class WorkersJudge:
         # the first worker alone reads what an earlier attempt saved, and tells: see `select_on_first`
         self.saved = read_losses(file) if worker.is_first else {}
         start_deepspeed(worker.device)
-        settings = forward_settings(worker, spec["deepspeed"], config, Path(spec["model"]))
+        model = Path(spec["model"])
+        logits = logits_bytes(config, read_config(model, config.model.trust_remote_code))
+        settings = forward_settings(worker, spec["deepspeed"], config, model, logits)
         self.task = task_of(config.model)
         self.part: Part = load_part(spec["blocks"])
-        self.engine = inference_engine(settings, Path(spec["model"]), config.model, worker.log)
+        self.engine = inference_engine(settings, model, config.model, worker.log)
         self.stack = run_blocks(self.engine.module)
         self.divided = zero_stage(settings) == 3
         self.plain = plain_blocks(self.stack, lambda: self._logits(range(1)))
