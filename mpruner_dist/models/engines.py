@@ -19,7 +19,7 @@ from mpruner_dist.tasks import task_of
 
 
 def logits_bytes(config: Config, model_config: Any) -> int:
-    """Of a batch of evaluation: in the weights' number type and twice in float32, for the loss; those of classes are few.
+    """Of a batch of evaluation: in the weights' number type and twice in float32, for the loss; of classes, none.
 
     Args:
         config: of the run.
