@@ -93,7 +93,7 @@ def test_rounds_are_not_divided_among_jobs(settings: dict[str, Any], tmp_path: P
     assert len(plan_submissions(config, None, [], Shape("1"), [])) == 1
 
 
-@pytest.mark.parametrize("limit", ["10", "10:30", "1:00:00", "0:10:00", "1-0", "1-2:30", "2-03:04:05"])
+@pytest.mark.parametrize("limit", ["10", "10:30", "1:00:00", "0:10:00", "1-0", "1-2:30", "2-03:04:05", "0", "UNLIMITED"])
 def test_times_of_slurm_are_understood(limit: str) -> None:
     slurm.require_time(limit)
 
@@ -179,6 +179,22 @@ def test_the_script_outside_of_slurm_says_what_to_do(tmp_path: Path) -> None:
     done = subprocess.run(["bash", *script], env=missing, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert "MPRUNER_SITE names /nowhere/site.env" in done.stderr
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_preemption_that_ends_ray_first_is_no_lost_head(late: bool) -> None:
+    """Slurm ends all processes of a job at once; the command may notice that Ray is gone before srun does."""
+    nodes = subprocess.Popen([sys.executable, "-c", f"import sys, time; time.sleep({int(late)}); sys.exit(75)"])
+    command = [sys.executable, "-c", "import sys; sys.exit(1)" if late else "import time; time.sleep(60)"]
+    assert allocation._run_command(command, dict(os.environ), allocation._Signals(), nodes) == 75
+
+
+def test_a_head_that_is_lost_is_told() -> None:
+    nodes = subprocess.Popen([sys.executable, "-c", "import sys; sys.exit(1)"])
+    with pytest.raises(allocation.HeadLost, match=r"srun ended with 1"):
+        allocation._run_command(
+            [sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ), allocation._Signals(), nodes
+        )
 
 
 def test_ray_takes_what_slurm_gave_and_collides_with_nothing() -> None:

@@ -30,6 +30,8 @@ log = logging.getLogger("mpruner_dist.submission")  # __name__ is __main__ here
 Process = subprocess.Popen[bytes]
 GRACE_S = 60
 """Seconds that a process has to end after it was asked."""
+NOTICE_S = 5
+"""Seconds in which srun notices that Ray has ended."""
 LAST_S = 45
 """Seconds before the time limit in which Ray ends on all nodes and the job goes back into the queue."""
 MAX_LOST = 5
@@ -196,7 +198,7 @@ def _run_command(command: list[str], environment: dict[str, str], signals: _Sign
     while process.poll() is None:
         if nodes.poll() is not None:
             _end(process)
-            raise HeadLost(f"Ray ended under the command (srun ended with {nodes.returncode})")
+            return _after_ray(nodes, signals)
         if signals.received and not told:
             process.send_signal(signal.SIGUSR2)
             told = True
@@ -208,7 +210,23 @@ def _run_command(command: list[str], environment: dict[str, str], signals: _Sign
         time.sleep(0.5)
     if told and process.returncode == -signal.SIGUSR2:  # it had not begun to listen
         return Preempted.exit_code
+    if process.returncode == StageFailure.exit_code:
+        with suppress(subprocess.TimeoutExpired):  # the command may know that Ray has ended before srun does
+            nodes.wait(NOTICE_S)
+            return _after_ray(nodes, signals)
     return process.returncode if process.returncode >= 0 else 128 - process.returncode  # ended by a signal
+
+
+def _after_ray(nodes: Process, signals: _Signals) -> int:
+    """The exit code of a command under which Ray has ended: that of a preempted one where SIGTERM was the reason.
+
+    Raises:
+        HeadLost: it was not.
+    """
+    if signals.received or nodes.returncode == Preempted.exit_code:
+        log.warning("Ray was ended by a signal: the job goes on from what was last saved")
+        return Preempted.exit_code
+    raise HeadLost(f"Ray ended under the command (srun ended with {nodes.returncode})")
 
 
 def _end(process: Process, first: signal.Signals = signal.SIGTERM) -> None:

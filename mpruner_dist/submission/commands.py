@@ -69,12 +69,10 @@ def slurm(
         typer.echo(describe(jobs))
         return
     for number, job in zip(submit(jobs), jobs, strict=True):
-        log = (
-            f"mpruner-{number}_TASK.log"
-            if any(option.startswith("--array") for option in job.options)
-            else (f"mpruner-{number}.log")
-        )
-        typer.echo(f"job {number}, log {log}; squeue -j {number}, scancel {number}")
+        task = "_TASK" if any(option.startswith("--array") for option in job.options) else ""
+        is_own = not any(option.startswith(("--output", "-o")) for option in job.options)
+        log = f", log mpruner-{number}{task}.log" if is_own else ""
+        typer.echo(f"job {number}{log}; squeue -j {number}, scancel {number}")
 
 
 @app.command()

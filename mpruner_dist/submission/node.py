@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
-from mpruner_dist.errors import MPrunerError, StageFailure
+from mpruner_dist.errors import MPrunerError, Preempted, StageFailure
 from mpruner_dist.logs import set_up_logging
 
 log = logging.getLogger("mpruner_dist.submission")  # __name__ is __main__ here
@@ -59,7 +59,8 @@ def keep_ray(address: str, temporary: Path) -> None:
     """Run Ray on this node until SIGUSR1, which srun hands on; told by SIGTERM, srun would kill the step at once.
 
     Raises:
-        StageFailure: the head's Ray ended; or SIGTERM came, by which Slurm takes the node away.
+        StageFailure: the head's Ray ended.
+        Preempted: SIGTERM came, by which Slurm takes the node away.
     """
     stop = _Stop()
     for number in (signal.SIGUSR1, signal.SIGTERM):
@@ -73,7 +74,7 @@ def keep_ray(address: str, temporary: Path) -> None:
                 stop.child = subprocess.Popen(command)
                 code = stop.child.wait()
             if stop.asked == signal.SIGTERM:
-                raise StageFailure(f"node {name}: got SIGTERM")
+                raise Preempted(f"node {name}: got SIGTERM")
             if stop.asked:
                 return
             if "--head" in command:

@@ -125,6 +125,8 @@ def require_time(limit: str) -> None:
     Raises:
         UserError: it is no time of Slurm, or less than ten minutes.
     """
+    if limit.upper() in ("0", "UNLIMITED", "INFINITE"):
+        return
     days, dash, clock = limit.rpartition("-")
     parts = clock.split(":")
     if not all(part.isdigit() for part in [*parts, *([days] if dash else [])]) or len(parts) > 3:
