@@ -9,6 +9,7 @@ from mpruner_dist.config import Config
 from mpruner_dist.plan import Plan
 from mpruner_dist.reporting.figures import neighbours_figure, similarity_figure
 from mpruner_dist.reporting.report import write_report
+from mpruner_dist.reporting.similarity import window_rows
 from mpruner_dist.reporting.table import change_text, duration_text, parameters_text, perplexity_text
 from mpruner_dist.reporting.training import training
 from mpruner_dist.runs.digest import file_digest
@@ -165,6 +166,13 @@ def test_the_report_tells_everything_that_one_pass_measured(tmp_path):
     ):
         assert expected in page
     assert "dominate" not in page
+
+
+def test_no_window_is_longer_than_its_stack(tmp_path):
+    run = make_run(tmp_path)
+    similarity = json.loads((run / "cka.json").read_text())
+    assert [row[0] for row in window_rows(similarity)] == ["1", "2", "3"]
+    assert [row[0] for row in window_rows(similarity | {"stacks": {"a": 2, "b": 2, "c": 2}})] == ["1", "2"]
 
 
 def test_the_saving_of_a_settled_collection_is_told(tmp_path):

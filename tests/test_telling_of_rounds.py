@@ -77,3 +77,19 @@ def test_the_report_of_rounds(loop: Any, tmp_path: Path, accepted: bool) -> None
     assert ("the original is kept as it is" in page) == (not accepted)
     if accepted:
         assert "| 1 | original | 1 | 2, 4, 6, 8, 10 | 7 |" in (run / "retrained/README.md").read_text()
+
+
+def test_what_several_rounds_made_is_told(loop: Any, tmp_path: Path) -> None:
+    """The last round pruned a model that the rounds before had retrained."""
+    made = loop(tolerance=0.06)
+    record = made.run()
+    record["rounds"] = [entry | {"accepted": number < 2} for number, entry in enumerate(record["rounds"] * 2)]
+    run = make_run(tmp_path / "report")
+    (run / "rounds.json").write_text(json.dumps(record))
+    write_report(run, made.config, {})
+    page, card = (" ".join((run / name).read_text().split()) for name in ("report.html", "pruned/README.md"))
+    assert "which the last of 2 rounds cut from what those before it retrained" in page
+    assert " pruned (in the last of 2 rounds)" in page
+    assert "in each of 2 accepted rounds" in page
+    assert "It was made in 2 rounds" in card
+    assert "and is what the last of them cut" in card

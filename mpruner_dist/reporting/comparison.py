@@ -47,6 +47,8 @@ def print_comparison(path: Path) -> None:
     content = json.loads(path.read_text())
     headings, rows = comparison_table(content)
     table = Table(*headings)
+    for column in table.columns:
+        column.overflow = "fold"
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:

@@ -101,6 +101,8 @@ def _facts(run: Path, config: Config, stages: dict[str, dict[str, Any]]) -> Fact
     comparison = _comparison(run)
     repeated = _repeated(data)
     text = "test" if repeated else "held-out"
+    rounds = _rounds(run, config)
+    accepted = sum(entry["accepted"] for entry in rounds["record"]["rounds"]) if rounds else 1
     return {
         "config": config,
         "model": Path(config.model.path).absolute().name,
@@ -110,8 +112,9 @@ def _facts(run: Path, config: Config, stages: dict[str, dict[str, Any]]) -> Fact
         "data": data,
         "plan": plan,
         "retrain": retrain,
-        "rounds": _rounds(run, config),
-        "summary": summary(evaluation, text),
+        "rounds": rounds,
+        "accepted": accepted,
+        "summary": summary(evaluation, text, accepted),
         "text": text,
         "headings": headings(evaluation),
         "facts": FACTS[config.model.task],
@@ -130,7 +133,7 @@ def _facts(run: Path, config: Config, stages: dict[str, dict[str, Any]]) -> Fact
         "domination": domination(similarity),
         "layer_table": (LAYER_HEADINGS, layer_rows(similarity)),
         "window_table": (WINDOW_HEADINGS, window_rows(similarity)),
-        "training": training(config, data, retrain and retrain.get("weights")),
+        "training": training(config, data, retrain and retrain.get("weights"), accepted),
         "repeated": repeated,
         "durations": [(name, duration_text(s["seconds"])) for name, s in stages.items() if s["state"] == "done"],
         "versions": _versions(),
@@ -153,8 +156,11 @@ def stacks_text(layers: list[int], stacks: dict[str, int]) -> str:
     return ", ".join(f"{name} {format_layers(mine)}" for name, mine in of_each if mine)
 
 
-def summary(evaluation: dict[str, Any], text: str) -> str:
-    """The result in one sentence, from the content of `evaluation.json` and what to call the text of the test."""
+def summary(evaluation: dict[str, Any], text: str, rounds: int = 1) -> str:
+    """The result in one sentence, from the content of `evaluation.json` and what to call the text of the test.
+
+    After several accepted `rounds` the pruned model is what the last of them cut from a model that was retrained.
+    """
     original, pruned = evaluation["original"], evaluation.get("pruned")
     metric, unit = metrics_of(evaluation)[0], unit_of(evaluation)
     on = f"on {original[f'{unit}s']:,} {text} {unit}s."
@@ -165,6 +171,7 @@ def summary(evaluation: dict[str, Any], text: str) -> str:
         )
     share = evaluation_changes(evaluation)[list(evaluation).index("pruned")][headings(evaluation).index("parameters")]
     quality = f"{metric_text(metric, original[metric])} → {metric_text(metric, pruned[metric])} pruned"
+    quality += f" (in the last of {rounds} rounds)" if rounds > 1 else ""
     if "retrained" in evaluation:
         quality += f" → {metric_text(metric, evaluation['retrained'][metric])} retrained"
     return (

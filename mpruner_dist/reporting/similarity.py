@@ -74,10 +74,14 @@ def layer_rows(similarity: Similarity) -> list[tuple[str, ...]]:
 
 
 def window_rows(similarity: Similarity) -> list[tuple[str, ...]]:
-    """For up to half of the layers, which window of so many changes the states least, under WINDOW_HEADINGS."""
+    """For up to half of the layers, which window of so many changes the states least, under WINDOW_HEADINGS.
+
+    A window lies in one stack: none is longer than the longest.
+    """
     distance_SS = np.asarray(similarity["angular_distance"])
     rows: list[tuple[str, ...]] = []
-    for length in range(1, len(similarity["layers"]) // 2 + 1):
+    longest = max((similarity.get("stacks") or {"": len(similarity["layers"])}).values())
+    for length in range(1, min(len(similarity["layers"]) // 2, longest) + 1):
         first = int(np.diagonal(distance_SS, length).argmin())
         across, errors = (
             _beside_diagonal(similarity[name], length) for name in ("angular_distance", "angular_distance_stderr")

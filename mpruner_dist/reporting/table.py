@@ -140,6 +140,8 @@ def print_evaluation(path: Path) -> None:
 
 def _print(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     table = Table(*headings, pad_edge=False, show_edge=False)  # so that 80 columns hold three metrics
+    for column in table.columns:
+        column.overflow = "fold"  # on a narrow terminal nothing is cut off
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:

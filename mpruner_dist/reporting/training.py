@@ -7,13 +7,14 @@ from mpruner_dist.config.task import FACTS
 from mpruner_dist.reporting.table import parameters_text
 
 
-def training(config: Config, data: dict[str, Any], weights: dict[str, Any] | None) -> list[str]:
+def training(config: Config, data: dict[str, Any], weights: dict[str, Any] | None, rounds: int = 1) -> list[str]:
     """How the pruned model was retrained, one line a fact; nothing if it was not.
 
     Args:
         config: of the run.
         data: content of `data.json`.
         weights: what `retrain.json` says of the exported tensors; None if it says nothing.
+        rounds: how many were accepted.
     """
     retrain = config.retrain
     if retrain is None:
@@ -25,7 +26,7 @@ def training(config: Config, data: dict[str, Any], weights: dict[str, Any] | Non
     lines = [
         f"{retrain.steps} steps of {retrain.batch_size} {rows}{of_tokens}: "
         f"{retrain.steps * retrain.batch_size:,} {rows} from a train part of "
-        f"{data['parts']['train']['blocks']:,}",
+        f"{data['parts']['train']['blocks']:,}" + (f", in each of {rounds} accepted rounds" if rounds > 1 else ""),
         f"learning rate {retrain.learning_rate:g}, {retrain.warmup_steps} warm-up steps, down to "
         f"{retrain.min_lr_ratio:g} of it at the end; weight decay {retrain.weight_decay:g}, gradient norm at most "
         f"{retrain.max_grad_norm:g}; weights in {config.model.dtype}; DeepSpeed ZeRO stage {retrain.zero_stage}",
