@@ -125,7 +125,7 @@ class Budget:
             UserError: there is none.
         """
         keep = self.config.keep_layers
-        proposal = Proposal([], {})
+        proposal, none = Proposal([], {}), None
         for remove in range(self.most + 1) if keep is None else [self.depth - keep]:
             try:
                 proposal = propose(remove)
@@ -133,13 +133,14 @@ class Budget:
                 if keep is not None:
                     raise UserError(f"plan.keep_layers: {error}") from error
                 break  # nor can more go
-            except NoneFits:
+            except NoneFits as error:
                 if keep is not None:
                     raise
+                none = error
                 continue
             if self.is_met(proposal.dropped):
                 return proposal
-        raise self.missed(proposal.dropped)
+        raise self.missed(proposal.dropped) if proposal.dropped or none is None else none
 
     def missed(self, dropped: list[int]) -> UserError:
         """What to say where no more than these layers can go, and that is not enough."""
