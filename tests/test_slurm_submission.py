@@ -93,7 +93,9 @@ def test_rounds_are_not_divided_among_jobs(settings: dict[str, Any], tmp_path: P
     assert len(plan_submissions(config, None, [], Shape("1"), [])) == 1
 
 
-@pytest.mark.parametrize("limit", ["10", "10:30", "1:00:00", "0:10:00", "1-0", "1-2:30", "2-03:04:05", "0", "UNLIMITED"])
+@pytest.mark.parametrize(
+    "limit", ["10", "10:30", "1:00:00", "0:10:00", "1-0", "1-2:30", "2-03:04:05", "0", "UNLIMITED"]
+)
 def test_times_of_slurm_are_understood(limit: str) -> None:
     slurm.require_time(limit)
 
