@@ -165,7 +165,7 @@ def test_a_logger_that_is_not_installed_is_refused_with_the_command(monkeypatch:
     require_loggers(("tensorboard", "wandb"))
     monkeypatch.setattr(metrics, "find_spec", lambda name: None if name == "wandb" else "there")
     require_loggers(("tensorboard",))
-    with pytest.raises(UserError, match=r"wandb, which is not installed: pip install 'mpruner-dist\[wandb\]'"):
+    with pytest.raises(UserError, match=r"wandb, which is not installed: pip install '\.\[wandb\]'"):
         require_loggers(("tensorboard", "wandb"))
 
 
