@@ -14,7 +14,7 @@ from mpruner_dist.config import CLUSTERED, Config, RoundsConfig
 from mpruner_dist.config.task import IN_PERCENT, LESS_IS_BETTER
 from mpruner_dist.errors import Fruitless, UserError
 from mpruner_dist.planning.budget import protected_layers
-from mpruner_dist.reporting.rounds import value_text
+from mpruner_dist.reporting.table import value_text
 from mpruner_dist.road import Road
 from mpruner_dist.runs.commit import write_json
 from mpruner_dist.runs.folder import RunFolder

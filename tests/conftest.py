@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import datasets
 import hypothesis
@@ -105,12 +107,22 @@ def names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
+# ranks are forked from a server that has imported these once: each by itself would need several seconds for it
+multiprocessing.set_forkserver_preload([
+    "datasets", "deepspeed.runtime.zero.muon.muon_optimizer", "hypothesis", "mpruner_dist.rewriting.rewrite",
+    "torch.utils.tensorboard", "transformers.models.llama.modeling_llama",
+])  # fmt: skip
+
+
 def on_ranks(count: int, job: Callable[..., None], *arguments: Any) -> None:
     """Run a function on so many ranks; each must return."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_one_rank, (count, port, job, arguments), nprocs=count)
+    with patch.dict(os.environ, DS_ACCELERATOR="cpu"):  # DeepSpeed looks for devices when the server imports it
+        torch.multiprocessing.start_processes(
+            _one_rank, (count, port, job, arguments), nprocs=count, start_method="forkserver"
+        )
 
 
 def _one_rank(rank: int, count: int, port: int, job: Callable[..., None], arguments: tuple[Any, ...]) -> None:

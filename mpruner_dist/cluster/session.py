@@ -1,5 +1,6 @@
 """Ray: a machine's own or an existing cluster; worker actors for jobs, tasks for files."""
 
+import functools
 import logging
 import os
 import shlex
@@ -93,6 +94,8 @@ class RaySession:
         runtime_env = {"py_executable": shlex.quote(sys.executable)} if " " in sys.executable else {}
         # how often Ray Train looks whether the workers are done: its own 2 s are a tenth of a short stage
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+        # an actor that would tell workers of a node to be drained: they hear of their end by signals, from all systems
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         for name in ("ray", "ray.train", "ray._private"):
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
@@ -143,10 +146,12 @@ class RaySession:
             preemption.stop_if_told()
             for rank in range(self.config.workers):
                 worker_note(logs, stage, rank).unlink(missing_ok=True)
-            settings = {"job": job, "spec": spec, "device": place.device, "logs": str(logs), "stage": stage}
+            settings = {
+                "job": job, "spec": spec, "device": place.device, "cpus": place.cpus, "logs": str(logs), "stage": stage,
+            }  # fmt: skip
             trainer = TorchTrainer(
-                _run_job,
-                train_loop_config=settings | {"cpus": place.cpus},
+                # not as `train_loop_config`, which Ray Train's controller reads, importing all that the job needs
+                functools.partial(_run_job, settings),
                 torch_config=TorchConfig(
                     backend="nccl" if place.device == "cuda" else "gloo", timeout_s=self.patience_s
                 ),
@@ -156,8 +161,9 @@ class RaySession:
                 ),
                 run_config=RunConfig(
                     name=f"{stage}-{time.time_ns()}", storage_path=str(logs / "ray"),
-                    # else Ray Train would wait for ever for workers that cannot start
-                    failure_config=FailureConfig(controller_failure_limit=0),
+                    # else Ray Train would wait for ever for workers that cannot start, or start them again by itself,
+                    # as many as before and unprepared, where they were lost with a node that was drained
+                    failure_config=FailureConfig(controller_failure_limit=0, max_preemption_failures=0),
                     callbacks=[LeaveWordOfEnd(logs, stage)],
                 ),
             )  # fmt: skip

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from mpruner_dist.plan import format_layers
 from mpruner_dist.reporting.figures import BLUE, GREY, RED, svg, wide_figure
-from mpruner_dist.reporting.table import duration_text, metric_name, metric_text, parameters_text
+from mpruner_dist.reporting.table import duration_text, metric_name, parameters_text, value_text
 
 HEADINGS = ("round", "from", "stride", "removed", "layers", "parameters", "metric", "change", "time", "decision")
 Record = dict[str, Any]
@@ -18,11 +18,6 @@ Record = dict[str, Any]
 def gate_name(record: Record) -> str:
     """What the gate measures: perplexity, accuracy, or a task with its metric."""
     return str(record["task"] if record["metric"] == "task" else metric_name(record["metric"]))
-
-
-def value_text(metric: str, value: float) -> str:
-    """A value that a gate compared; of the harness's tasks nobody says whether it is a share."""
-    return f"{value:.4g}" if metric == "task" else metric_text(metric, value, 2)
 
 
 def round_rows(record: Record) -> list[tuple[str, ...]]:

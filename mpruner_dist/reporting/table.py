@@ -47,6 +47,11 @@ def metric_text(metric: str, value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f} %" if metric in IN_PERCENT else f"{value:.3f}"
 
 
+def value_text(metric: str, value: float) -> str:
+    """A value that a gate compared; of the harness's tasks nobody says whether it is a share."""
+    return f"{value:.4g}" if metric == "task" else metric_text(metric, value, 2)
+
+
 def metric_change_text(metric: str, value: float, original: float) -> str:
     """Its change: of a perplexity relative to the original's, of a share the difference in points."""
     if metric == "perplexity":
