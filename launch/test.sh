@@ -23,4 +23,10 @@ step "$python" -m ruff check .
 step "$python" -m ruff format --check .
 step "$python" -m mypy
 step "$python" launch/prepare_demo.py build/demo
-step "$python" -m pytest "$@"
+if (($#)); then
+    step "$python" -m pytest "$@"
+else
+    # two at a time, each on one thread; what starts clusters has the machine for itself
+    step env OMP_NUM_THREADS=1 "$python" -m pytest --numprocesses 2 -m 'not ray and not slurm'
+    step "$python" -m pytest -m 'ray or slurm'
+fi

@@ -208,6 +208,22 @@ def write_config(path: Path, settings: dict[str, Any]) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def walked(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a finished run of `settings` by one worker, to be read only, and what the command printed."""
+    folder = tmp_path_factory.mktemp("one worker")  # with a space
+    config, run = write_config(folder / "config.yaml", settings_for(tiny)), folder / "run"
+    command = [sys.executable, "-m", "mpruner_dist", "run", config, "--run-dir", run]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout
+    return run, done.stdout
+
+
+@pytest.fixture(scope="session")
+def finished(walked: tuple[Path, str]) -> Path:
+    return walked[0]
+
+
 Cli = Callable[..., tuple[int, str]]
 
 

@@ -266,7 +266,6 @@ TRANSITIONS = {
 }
 
 
-@pytest.mark.ray
 def test_training_goes_on_from_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """With as many ranks exactly as if nothing had happened; with others, or another ZeRO stage, but for rounding."""
     caplog.set_level(logging.INFO)

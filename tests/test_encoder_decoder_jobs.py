@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from collecting import collected
 from conftest import make_tokenizer, on_ranks
 from encoder_decoders import BART_SIZES, T5, make
 from safetensors.torch import load_file
@@ -22,8 +23,6 @@ from mpruner_dist.plan import Plan
 from mpruner_dist.retraining.freezing import beside_gaps
 from mpruner_dist.retraining.job import retrain_job
 from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
-from mpruner_dist.similarity.collect import collect_job
-from mpruner_dist.similarity.stage import write_cka
 
 KEPT = [0, 1, 3, 4, 5, 7, 8]  # of five and four: the third of the encoder goes, and the second of the decoder
 PARTS = ("calibration", "train", "validation", "test")
@@ -76,7 +75,6 @@ def changed(folder: Path, name: str) -> set[str]:
     return {tensor for tensor, value in before.items() if not torch.equal(value, after[tensor])}
 
 
-@pytest.mark.ray
 def test_a_t5_is_trained_in_every_way(tmp_path: Path) -> None:
     make(T5, tmp_path / "model")
     rewrite_checkpoint(tmp_path / "model", tmp_path / "pruned", Plan.keeping(9, KEPT))
@@ -98,22 +96,6 @@ def test_a_t5_is_trained_in_every_way(tmp_path: Path) -> None:
     assert any(name.startswith("encoder") for name in by_lora)
 
 
-def collect(folder: Path) -> None:
-    for kind in ("bart", "t5"):
-        run = folder / kind
-        config = config_for(
-            "text-classification", run / "model",
-            collect={"batch_size": 6, "num_batches": 2, "samples": 16, "outlier_norm": None},
-        )  # fmt: skip
-        (run / "sums").mkdir()
-        spec = {
-            "config": config, "model": run / "model", "blocks": folder / "texts.safetensors", "sums": run / "sums",
-            "deepspeed": {}, "is_settled": None,
-        }  # fmt: skip
-        collect_job(worker_in(run, "collect"), spec)
-
-
-@pytest.mark.ray
 def test_classifiers_of_two_stacks_are_measured_on_one_text(tmp_path: Path) -> None:
     """The decoder's tokens are those of the text, shifted by the model itself."""
     for kind, config, whole in (
@@ -128,11 +110,13 @@ def test_classifiers_of_two_stacks_are_measured_on_one_text(tmp_path: Path) -> N
     for row, length in enumerate(lengths):
         ids[row, length - 1 :] = [2] + [0] * (9 - length)  # BART says the class at the end of the text
     save_part(tmp_path / "texts.safetensors", LabelledTexts(ids, lengths, np.zeros(12, np.int32)))
-    on_ranks(1, collect, tmp_path)
     for kind in ("bart", "t5"):
         names = [f"layer {number}" for number in range(9)]
-        config = config_for("text-classification", tmp_path, collect={"batch_size": 6, "num_batches": 2})
-        found = write_cka(tmp_path / kind / "sums", names, tmp_path / "cka.json", config.collect)
+        config = config_for(
+            "text-classification", tmp_path / kind / "model",
+            collect={"batch_size": 6, "num_batches": 2, "samples": 16, "outlier_norm": None},
+        )  # fmt: skip
+        found = collected(tmp_path / kind / "sums", 1, config, tmp_path / "texts.safetensors", names)
         cka = np.array(found["cka"], float)
         assert np.isfinite(cka[:5, :5]).all()
         assert np.isfinite(cka[5:, 5:]).all()

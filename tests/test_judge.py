@@ -56,7 +56,6 @@ def some_blocks(count: int) -> Blocks:
     return Blocks(draw.integers(3, 128, (count, 16)).astype(np.int32), draw.integers(8, 17, count).astype(np.int32))
 
 
-@pytest.mark.ray  # as slow as those that start Ray: several processes import DeepSpeed
 def test_two_workers_measure_what_one_model_without_the_layers_does(tmp_path: Path) -> None:
     make_model("llama", tmp_path)
     blocks = some_blocks(ROWS[1] + 1)

@@ -3,8 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import make_idle_layers, settings_for, write_config
+from collecting import collected
+from conftest import make_idle_layers, write_config
 from safetensors.torch import load_file
 
+from mpruner_dist.config import Config
 from mpruner_dist.rewriting.proof import verify_checkpoint
 from mpruner_dist.similarity.hsic import cka_matrix
 
@@ -25,22 +25,6 @@ Run = Callable[..., tuple[int, str]]
 
 def matrix(run: Path) -> np.ndarray:
     return np.array(json.loads((run / "cka.json").read_text())["cka"])
-
-
-@pytest.fixture(scope="module")
-def walked(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of a finished run of one worker, and what the command printed."""
-    folder = tmp_path_factory.mktemp("one worker")  # with a space
-    config, run = write_config(folder / "config.yaml", settings_for(tiny)), folder / "run"
-    command = [sys.executable, "-m", "mpruner_dist", "run", config, "--run-dir", run]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout
-    return run, done.stdout
-
-
-@pytest.fixture(scope="module")
-def finished(walked: tuple[Path, str]) -> Path:
-    return walked[0]
 
 
 def test_the_road_with_one_worker(walked: tuple[Path, str]) -> None:
@@ -145,22 +129,21 @@ def test_another_configuration_is_refused_and_replanning_is_instant(
     assert list(content) == ["data", "collect", "plan"]
 
 
-@pytest.mark.parametrize(("workers", "zero_stage"), [(2, 0), (2, 3), (5, 0)])
+@pytest.mark.parametrize(("ranks", "zero_stage"), [(2, 0), (2, 3), (5, 0)])
 def test_the_cka_does_not_depend_on_the_sharding(
-    settings: dict[str, Any], mpruner: Run, finished: Path, tmp_path: Path, workers: int, zero_stage: int
+    settings: dict[str, Any], finished: Path, tmp_path: Path, ranks: int, zero_stage: int
 ) -> None:
-    """Seven batches on two and five workers: uneven, which must not hang ZeRO-3."""
-    settings["cluster"] |= {"workers": workers, "zero_stage": zero_stage}
-    settings["retrain"] |= {"micro_batch_size": 1, "batch_size": 10}
-    config = write_config(tmp_path / "config.yaml", settings)
-    code, output = mpruner("collect", config, "--run-dir", tmp_path / "run")
-    assert code == 0, output
+    """Seven batches on two and five ranks: uneven, which must not hang ZeRO-3."""
+    settings["cluster"] |= {"workers": ranks, "zero_stage": zero_stage}
+    settings["retrain"] = None
+    one = json.loads((finished / "cka.json").read_text())
+    blocks = finished / "data/calibration.safetensors"
+    other = collected(tmp_path / "sums", ranks, Config.model_validate(settings), blocks, one["layers"])
     if zero_stage == 3:
-        assert np.abs(matrix(tmp_path / "run") - matrix(finished)).max() < 1e-6
+        assert np.abs(np.array(other["cka"]) - np.array(one["cka"])).max() < 1e-6
     else:  # every number that was measured, to the last bit
-        one, other = (json.loads((run / "cka.json").read_text()) for run in (finished, tmp_path / "run"))
         assert one == other
-    assert len(list((tmp_path / "run").glob("stats/*/from-*.safetensors"))) >= workers
+    assert len(list((tmp_path / "sums").glob("from-*.safetensors"))) >= ranks
 
 
 def test_two_workers_under_zero_3_retrain_like_one(

@@ -4,16 +4,18 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from conftest import Mpruner, make_text, settings_for, write_config
+from collecting import collected
+from conftest import Mpruner, make_text, write_config
 from safetensors.torch import load_file
+
+from mpruner_dist.config import Config
 
 pytestmark = pytest.mark.ray
 
@@ -41,17 +43,25 @@ def train_workers(process: Any) -> list[psutil.Process]:
     ]
 
 
-def kill_driver(process: Any, *with_it: psutil.Process) -> list[psutil.Process]:
-    """kill -9 the driver; its workers must end by themselves, and Ray's agents, returned, a minute later."""
+@pytest.fixture(scope="module")
+def agents() -> Iterator[list[psutil.Process]]:
+    """Ray's agents of killed drivers, which must end by themselves, a minute later."""
+    agents: list[psutil.Process] = []
+    yield agents
+    _, alive = psutil.wait_procs(agents, timeout=120)
+    assert alive == []
+
+
+def kill_driver(process: Any, agents: list[psutil.Process], *with_it: psutil.Process) -> None:
+    """kill -9 the driver; its workers must end by themselves."""
     children = psutil.Process(process.pid).children(recursive=True)
-    agents = [child for child in children if "Agent" in child.name()]
+    agents += [child for child in children if "Agent" in child.name()]
     os.kill(process.pid, signal.SIGKILL)
     for worker in with_it:
         worker.kill()
     process.wait()
     _, alive = psutil.wait_procs([child for child in children if child not in agents], timeout=60)
     assert alive == [], "left running after the driver was killed"
-    return agents
 
 
 def artefacts(run: Path) -> dict[str, Any]:
@@ -70,76 +80,69 @@ def artefacts(run: Path) -> dict[str, Any]:
 
 @pytest.mark.timeout(1200)
 def test_killed_at_every_stage_it_ends_the_same(
-    settings: dict[str, Any], start: Mpruner, mpruner: Any, tmp_path: Path
+    settings: dict[str, Any], finished: Path, agents: list[psutil.Process], start: Mpruner, mpruner: Any, tmp_path: Path
 ) -> None:
-    config = write_config(tmp_path / "config.yaml", settings)
-    code, output = mpruner("run", config, "--run-dir", tmp_path / "undisturbed")
-    assert code == 0, output
-
-    run = tmp_path / "killed"
+    config, run = write_config(tmp_path / "config.yaml", settings), tmp_path / "killed"
     moments = {
         "collect": lambda: list(run.glob("stats/*/from-*.safetensors")),  # in the middle: some sums are saved
         "rewrite": lambda: list(run.glob(".pruned.partial-*/*.safetensors")) or (run / "pruned").exists(),
         "retrain": lambda: list(run.glob("retrain/*/step-000002/mpruner.json")),  # in the middle of the steps
         "evaluate": lambda: list(run.glob("evaluation/*/original.json")),
     }
-    agents: list[psutil.Process] = []
     for moment, has_come in moments.items():
         process = start("run", config, "--run-dir", run)
         wait_for(has_come, process)
-        agents += kill_driver(process)
+        kill_driver(process, agents)
         assert not (run / "report.html").exists(), f"too late to kill at {moment}"
     code, output = mpruner("run", config, "--run-dir", run)
     assert code == 0, output
-    assert artefacts(run) == artefacts(tmp_path / "undisturbed")
+    assert artefacts(run) == artefacts(finished)
     assert not list(run.rglob("*.tmp"))
     assert not list(run.glob(".*partial*"))
-    _, alive = psutil.wait_procs(agents, timeout=120)
-    assert alive == []
 
 
-@pytest.fixture(scope="module")
-def many_batches(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The configuration of a longer collection, and the `cka.json` of one worker that nobody disturbed."""
-    folder = tmp_path_factory.mktemp("many")
-    settings = settings_for(tiny)
+@pytest.fixture
+def many_batches(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """The configuration of a longer collection."""
     settings["collect"] |= {"num_batches": 400, "save_every": 1}
     settings["retrain"] = None
-    make_text(folder / "text.jsonl", records=3000)
+    make_text(tmp_path / "text.jsonl", records=3000)
     for part in ("calibration", "train", "validation", "test"):
-        settings["data"][part]["path"] = str(folder / "text.jsonl")
-    config = write_config(folder / "config.yaml", settings)
-    command = [sys.executable, "-m", "mpruner_dist", "collect", config, "--run-dir", folder / "one"]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    return config, json.loads((folder / "one" / "cka.json").read_text())
+        settings["data"][part]["path"] = str(tmp_path / "text.jsonl")
+    return settings
+
+
+def expect_as_undisturbed(run: Path, settings: dict[str, Any]) -> None:
+    """Every number of its `cka.json` is what one rank finds that nobody disturbs."""
+    content = json.loads((run / "cka.json").read_text())
+    config, blocks = Config.model_validate(settings), run / "data/calibration.safetensors"
+    alone = collected(run / "alone", 1, config, blocks, content["layers"])
+    assert content == alone
 
 
 def test_begun_with_two_workers_and_ended_with_three(
-    many_batches: tuple[Path, dict[str, Any]], start: Mpruner, mpruner: Any, tmp_path: Path
+    many_batches: dict[str, Any], agents: list[psutil.Process], start: Mpruner, mpruner: Any, tmp_path: Path
 ) -> None:
-    """A killed node takes driver and workers in the middle; every number is that of an undisturbed run with one."""
-    config, undisturbed = many_batches
-    process = start("collect", config, "--run-dir", tmp_path / "two", "--set", "cluster.workers=2")
-    wait_for(lambda: list((tmp_path / "two").glob("stats/*/from-*.safetensors")), process)
+    """A killed node takes driver and workers in the middle."""
+    config, run = write_config(tmp_path / "config.yaml", many_batches), tmp_path / "two"
+    process = start("collect", config, "--run-dir", run, "--set", "cluster.workers=2")
+    wait_for(lambda: list(run.glob("stats/*/from-*.safetensors")), process)
     # workers that live on until they notice the driver's end may have saved everything by then
-    agents = kill_driver(process, *train_workers(process))
-    saved = {path: path.stat().st_mtime_ns for path in tmp_path.glob("two/stats/*/from-*.safetensors")}
+    kill_driver(process, agents, *train_workers(process))
+    saved = {path: path.stat().st_mtime_ns for path in run.glob("stats/*/from-*.safetensors")}
     assert 0 < len(saved) < 400
-    code, output = mpruner("collect", config, "--run-dir", tmp_path / "two", "--set", "cluster.workers=3")
+    code, output = mpruner("collect", config, "--run-dir", run, "--set", "cluster.workers=3")
     assert code == 0, output
     assert all(path.stat().st_mtime_ns == when for path, when in saved.items())
-    assert json.loads((tmp_path / "two" / "cka.json").read_text()) == undisturbed
-    _, alive = psutil.wait_procs(agents, timeout=120)
-    assert alive == []
+    expect_as_undisturbed(run, many_batches)
 
 
 def test_a_worker_killed_while_it_collects_goes_on_from_the_saved_sums(
-    many_batches: tuple[Path, dict[str, Any]], start: Mpruner, tmp_path: Path
+    many_batches: dict[str, Any], start: Mpruner, tmp_path: Path
 ) -> None:
-    """Two workers; one is killed in the middle; every number is that of an undisturbed run with one."""
-    config, undisturbed = many_batches
-    process = start("collect", config, "--run-dir", tmp_path / "two", "--set", "cluster.workers=2")
-    wait_for(lambda: list((tmp_path / "two").glob("stats/*/from-*.safetensors")), process)
+    config, run = write_config(tmp_path / "config.yaml", many_batches), tmp_path / "two"
+    process = start("collect", config, "--run-dir", run, "--set", "cluster.workers=2")
+    wait_for(lambda: list(run.glob("stats/*/from-*.safetensors")), process)
     workers = train_workers(process)
     assert len(workers) == 2
     workers[0].kill()
@@ -147,4 +150,4 @@ def test_a_worker_killed_while_it_collects_goes_on_from_the_saved_sums(
     assert process.returncode == 0, output
     assert re.search(r"collect: rank \d on \S+ was killed at batch \d+ ", output)
     assert "starting the workers again (1 of 2)" in output
-    assert json.loads((tmp_path / "two" / "cka.json").read_text()) == undisturbed
+    expect_as_undisturbed(run, many_batches)

@@ -238,7 +238,6 @@ def all_in_turn(folder: Path) -> None:
     cached_words_teach_the_same(folder)
 
 
-@pytest.mark.ray  # as slow as those that start Ray: several processes import DeepSpeed
 def test_stages_offloading_and_activation_checkpointing_train_the_same(models: Path) -> None:
     with_nvme = Path("/usr/include/libaio.h").exists()
     on_ranks(2, every_stage_trains_the_same, models, with_nvme)
@@ -246,7 +245,6 @@ def test_stages_offloading_and_activation_checkpointing_train_the_same(models: P
         pytest.skip("all but the states on NVMe, which need the package libaio-dev")
 
 
-@pytest.mark.ray
 def test_frozen_layers_adapters_and_cached_teachers(models: Path) -> None:
     on_ranks(2, all_in_turn, models)
 
@@ -273,7 +271,6 @@ def a_warm_up_of_all_steps_is_to_blame(folder: Path) -> None:
     retrain(folder, "moved", {}, steps=2, warmup_steps=0)
 
 
-@pytest.mark.ray  # as slow as those that start Ray: it imports DeepSpeed
 def test_training_within_the_warm_up_says_so(models: Path) -> None:
     on_ranks(1, a_warm_up_of_all_steps_is_to_blame, models)
 

@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-import pytest
 from conftest import make_model, on_ranks
 
 from mpruner_dist.cluster.worker import Worker
@@ -30,7 +29,6 @@ def the_first_worker_decides(folder: Path) -> None:
     evaluate_job(worker, spec)
 
 
-@pytest.mark.ray  # as slow as those that start Ray: several processes import DeepSpeed
 def test_what_is_left_to_do_is_what_the_first_worker_sees(tmp_path: Path) -> None:
     make_model("llama", tmp_path)
     ids = np.random.default_rng(0).integers(3, 128, (5, 16)).astype(np.int32)

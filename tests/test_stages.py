@@ -260,7 +260,6 @@ def save_or_resume(folder: Path, stage: int) -> None:
         torch.save(running_means(engine.module), folder / "means.pt")
 
 
-@pytest.mark.ray
 def test_running_means_come_back_whatever_the_number_of_workers_and_the_zero_stage(tmp_path: Path) -> None:
     small_resnet(tmp_path / "model")
     on_ranks(2, save_or_resume, tmp_path, 1)

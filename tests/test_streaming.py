@@ -17,8 +17,6 @@ from mpruner_dist.config.task import FACTS
 from mpruner_dist.errors import UserError
 from mpruner_dist.models.engines import load_for
 
-pytestmark = pytest.mark.ray  # as slow as those that start Ray: several processes import DeepSpeed
-
 SIZES: dict[str, Any] = {
     "vocab_size": 128, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64,
     "decoder_ffn_dim": 64, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64,

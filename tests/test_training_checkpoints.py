@@ -77,7 +77,6 @@ def go_on(folder: Path, stage: int) -> None:
     assert engine.global_steps == 3
 
 
-@pytest.mark.ray
 @pytest.mark.parametrize(
     ("stage", "ranks", "other_ranks", "freeze"),
     [(1, 2, 1, False), (1, 2, 1, True), (2, 2, 1, False), (3, 2, 1, False), (3, 3, 3, True)],
@@ -156,7 +155,6 @@ def save_distributed(folder: Path, wrapped: bool) -> None:
         torch.save(whole, folder / "whole.pt")
 
 
-@pytest.mark.ray
 @pytest.mark.parametrize(("ranks", "wrapped"), [(1, False), (3, True)])
 def test_a_distributed_checkpoint(tmp_path: Path, ranks: int, wrapped: bool) -> None:
     make_model("llama", tmp_path / "model", intermediate_size=57)

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from collecting import collect_on_this_rank, collected
 from conftest import on_ranks
 from families import make_family
 
 from mpruner_dist.checkpoints.folder import read_checkpoint
-from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config, PlanConfig
 from mpruner_dist.data.images import LabelledImages
 from mpruner_dist.data.model_folder import read_config
@@ -22,8 +22,6 @@ from mpruner_dist.models.stacks import run_blocks, run_stacks
 from mpruner_dist.planning.planner import make_plan
 from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
 from mpruner_dist.rewriting.shrink import Skeleton, pattern_of_places
-from mpruner_dist.similarity.collect import collect_job
-from mpruner_dist.similarity.stage import write_cka
 from mpruner_dist.similarity.sums import BatchSums
 
 KIND = "AutoModelForImageClassification"
@@ -37,24 +35,8 @@ def config_for(folder: Path) -> Config:
     })  # fmt: skip
 
 
-def collect(folder: Path) -> None:
-    (folder / "logs").mkdir()
-    (folder / "sums").mkdir()
-    collect_here(folder, config_for(folder))
-
-
-def collect_here(folder: Path, config: Config, is_settled: Any = None) -> None:
-    worker = Worker(0, 1, 0, 1, "cpu", folder / "logs", "collect")
-    collect_job(worker, {
-        "config": config, "model": folder / "model", "blocks": folder / "images.safetensors",
-        "sums": folder / "sums", "deepspeed": {}, "is_settled": is_settled,
-    })  # fmt: skip
-
-
 def collect_twice(folder: Path) -> None:
     """The second time as after a stop that came when more was saved than was looked at."""
-    (folder / "logs").mkdir()
-    (folder / "sums").mkdir()
     window = {"until": "settled", "check_every": 1}
     config = config_for(folder)
     config = config.model_copy(update={"collect": config.collect.model_copy(update=window)})
@@ -65,11 +47,10 @@ def collect_twice(folder: Path) -> None:
             looked.append(len(sums))
             return len(sums) == 3
 
-        collect_here(folder, config, is_settled)
+        collect_on_this_rank(folder, config, folder / "images.safetensors", is_settled)
         (folder / f"{attempt}.json").write_text(json.dumps(looked))
 
 
-@pytest.mark.ray
 def test_it_looks_at_the_same_batches_again_after_a_stop(tmp_path: Path) -> None:
     make_family("swin", tmp_path / "model")
     pixels = np.random.default_rng(0).integers(0, 256, (24, 3, 64, 64)).astype(np.uint8)
@@ -80,7 +61,6 @@ def test_it_looks_at_the_same_batches_again_after_a_stop(tmp_path: Path) -> None
     assert looked == [[1, 2, 3], [1, 2, 3]]
 
 
-@pytest.mark.ray
 @pytest.mark.parametrize(("family", "size", "channels"), [("swin", 64, 3), ("convnext", 64, 3)])
 def test_a_family_of_stages_is_measured_planned_and_rewritten(
     family: str, size: int, channels: int, tmp_path: Path
@@ -90,10 +70,9 @@ def test_a_family_of_stages_is_measured_planned_and_rewritten(
     pixels = draw.integers(0, 256, (24, channels, size, size)).astype(np.uint8)
     half = np.full(channels, 0.5, np.float32)
     save_part(tmp_path / "images.safetensors", LabelledImages(pixels, np.zeros(24, np.int32), half, half))
-    on_ranks(1, collect, tmp_path)
     stacks = [stack.depth for stack in run_stacks(model)]
     names = [f"block {layer}" for layer in range(sum(stacks))]
-    found = write_cka(tmp_path / "sums", names, tmp_path / "cka.json", config_for(tmp_path).collect)
+    found = collected(tmp_path / "sums", 1, config_for(tmp_path), tmp_path / "images.safetensors", names)
     assert found["num_samples"] == 24
     assert np.isfinite(np.array(found["cka"], float)).all()  # of different widths, on the same images
     config = read_config(tmp_path / "model")
