@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import on_ranks
+from ranks import on_ranks
 
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config

@@ -2,18 +2,15 @@
 
 import json
 import logging
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import datasets
 import hypothesis
@@ -21,10 +18,10 @@ import pytest
 import torch
 import transformers
 import yaml
+from ranks import run_workers
 from round_loop import Loop, make_config
 
 from mpruner_dist import cli
-from mpruner_dist.cluster.engine import start_deepspeed
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 for variable in [name for name in os.environ if name.startswith(("RAY_", "SLURM_", "MPRUNER_", "WANDB_"))]:
@@ -105,39 +102,6 @@ def make_text(path: Path, records: int = 300, seed: int = 0) -> None:
 def names(folder: Path) -> list[str]:
     """All that is in a folder, and in those in it."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-# ranks are forked from a server that has imported these once: each by itself would need several seconds for it
-multiprocessing.set_forkserver_preload([
-    "datasets", "deepspeed.runtime.zero.muon.muon_optimizer", "hypothesis", "mpruner_dist.rewriting.rewrite",
-    "torch.utils.tensorboard", "transformers.models.llama.modeling_llama",
-])  # fmt: skip
-
-
-def on_ranks(count: int, job: Callable[..., None], *arguments: Any) -> None:
-    """Run a function on so many ranks; each must return."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with patch.dict(os.environ, DS_ACCELERATOR="cpu"):  # DeepSpeed looks for devices when the server imports it
-        torch.multiprocessing.start_processes(
-            _one_rank, (count, port, job, arguments), nprocs=count, start_method="forkserver"
-        )
-
-
-def _one_rank(rank: int, count: int, port: int, job: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "DS_ACCELERATOR": "cpu",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
-    }  # fmt: skip
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    start_deepspeed(torch.device("cpu"))
-    job(*arguments)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # threads of torch and DeepSpeed that still run may abort a process whose interpreter ends
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -242,6 +206,17 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return int(code), captured.out + captured.err
 
     return run
+
+
+@pytest.fixture
+def without_ray(command: Cli, monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """Run a command in this process; its workers are ranks of `on_ranks`, which start in a tenth of the time."""
+    from mpruner_dist.cluster.session import RaySession  # here, not where ranks would import it with this file
+
+    monkeypatch.setattr(RaySession, "connect", lambda _: None)
+    monkeypatch.setattr(RaySession, "run_workers", run_workers)
+    monkeypatch.setattr(RaySession, "run_tasks", lambda _, function, items, progress: [function(one) for one in items])
+    return command
 
 
 Mpruner = Callable[..., "subprocess.Popen[str]"]

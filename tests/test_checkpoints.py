@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import make_model, on_ranks
+from conftest import make_model
+from ranks import on_ranks
 
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.errors import StageFailure, UserError

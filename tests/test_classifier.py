@@ -2,20 +2,17 @@
 
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from conftest import WORDS, make_tokenizer, settings_for, write_config
+from conftest import WORDS, Cli, make_tokenizer, settings_for, write_config
 
 from mpruner_dist.data.parts import load_part
 from mpruner_dist.rewriting.proof import verify_checkpoint
 
-pytestmark = pytest.mark.ray
-Run = Callable[..., tuple[int, str]]
 LAYERS, IDLE = 6, [2, 3]
 CLASSES = ["low", "high"]
 
@@ -65,7 +62,8 @@ def settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def test_a_classifier_is_pruned_retrained_and_measured(folder: Path, tmp_path: Path, mpruner: Run) -> None:
+@pytest.mark.ray
+def test_a_classifier_is_pruned_retrained_and_measured(folder: Path, tmp_path: Path, mpruner: Cli) -> None:
     """Two workers; what the original scores is what transformers alone finds, a text at a time and without padding."""
     config = write_config(tmp_path / "config.yaml", settings(folder))
     code, output = mpruner("run", config, "--run-dir", tmp_path / "run", "--set", "cluster.workers=2")
@@ -101,14 +99,14 @@ def test_a_classifier_is_pruned_retrained_and_measured(folder: Path, tmp_path: P
     assert similarity["layers"][0] == "bert.encoder.layer.0"
 
 
-def test_rounds_gate_a_classifier_by_its_accuracy(folder: Path, tmp_path: Path, mpruner: Run) -> None:
+def test_rounds_gate_a_classifier_by_its_accuracy(folder: Path, tmp_path: Path, without_ray: Cli) -> None:
     """Plans judged by the task's own loss: what does almost nothing goes; what is needed breaks the tolerance."""
     asked = settings(folder)
     asked["plan"] = {"method": "greedy", "keep_layers": 2, "protect_first": 0, "protect_last": 0}
     asked["rounds"] = {"tolerance": 0.06, "metric": "accuracy", "remove": 2, "max_stride": 1}
     asked["retrain"] = None
     config = write_config(tmp_path / "config.yaml", asked)
-    code, output = mpruner("run", config, "--run-dir", tmp_path / "run")
+    code, output = without_ray("run", config, "--run-dir", tmp_path / "run")
     assert code == 0, output
     rounds = json.loads((tmp_path / "run/rounds.json").read_text())
     assert rounds["metric"] == "accuracy"
@@ -121,9 +119,9 @@ def test_rounds_gate_a_classifier_by_its_accuracy(folder: Path, tmp_path: Path, 
     assert judged["loss_of_the_whole_model"] == pytest.approx(baseline["loss"], rel=1e-5)
 
 
-def test_a_dry_run_counts_texts(folder: Path, tmp_path: Path, mpruner: Run) -> None:
+def test_a_dry_run_counts_texts(folder: Path, tmp_path: Path, command: Cli) -> None:
     config = write_config(tmp_path / "config.yaml", settings(folder))
-    code, output = mpruner("run", config, "--run-dir", tmp_path / "run", "--dry-run")
+    code, output = command("run", config, "--run-dir", tmp_path / "run", "--dry-run")
     assert code == 0, output
     assert "40 labelled texts" in output
     assert "3 models on 80 texts" in " ".join(output.split())

@@ -1,23 +1,22 @@
-"""A run in rounds whose training diverges, on real workers: what is decided, and that the same command is content."""
+"""A run in rounds whose training diverges, on real ranks: what is decided, and that the same command is content."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-from conftest import write_config
+from conftest import Cli, write_config
 
 
-@pytest.mark.ray
-@pytest.mark.timeout(1200)
-def test_rounds_whose_training_diverges_are_rolled_back(settings: dict[str, Any], mpruner: Any, tmp_path: Path) -> None:
+def test_rounds_whose_training_diverges_are_rolled_back(
+    settings: dict[str, Any], without_ray: Cli, tmp_path: Path
+) -> None:
     settings["plan"] = {"method": "partition", "keep_layers": 4}
     settings["retrain"] |= {"learning_rate": 1e30, "distillation": None}
     settings["rounds"] = {"tolerance": 0.5, "remove": 2, "max_stride": 2}
     settings["collect"]["num_batches"] = 4
     settings["retrain"]["eval_every"] = 6  # the loss of a step is looked at before that of the validation text
     config, run = write_config(tmp_path / "config.yaml", settings), tmp_path / "run"
-    code, output = mpruner("run", config, "--run-dir", run)
+    code, output = without_ray("run", config, "--run-dir", run)
     assert code == 0, output
     assert "no round was accepted: the original is kept as it is" in output
     record = json.loads((run / "rounds.json").read_text())
@@ -28,9 +27,9 @@ def test_rounds_whose_training_diverges_are_rolled_back(settings: dict[str, Any]
         assert str(tmp_path) not in entry["why"]
     assert "No round was accepted" in (run / "report.html").read_text()
     assert list(json.loads((run / "evaluation.json").read_text())) == ["original"]
-    code, output = mpruner("run", config, "--run-dir", run)
+    code, output = without_ray("run", config, "--run-dir", run)
     assert code == 0, output
-    assert "starting Ray" not in output
+    assert "ranks without Ray" not in output
     assert json.loads((run / "rounds.json").read_text()) == record
-    code, output = mpruner("status", run)
+    code, output = without_ray("status", run)
     assert "given up" in output

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import WORDS, make_tokenizer, on_ranks, settings_for, write_config
+from conftest import WORDS, make_tokenizer, settings_for, write_config
 from encoder_decoders import DECODER, ENCODER, FAMILIES, IDLE, T5, make
+from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 
 from mpruner_dist.checkpoints.export import export_weights

@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers
 from collecting import collected
-from conftest import make_tokenizer, on_ranks
+from conftest import make_tokenizer
 from encoder_decoders import BART_SIZES, T5, make
+from ranks import on_ranks
 from safetensors.torch import load_file
 
 from mpruner_dist.cluster.worker import Worker

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, on_ranks
+from conftest import make_model
+from ranks import on_ranks
 
 from mpruner_dist.cluster import engine as engines
 from mpruner_dist.cluster.engine import _alone_in, let_go

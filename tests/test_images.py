@@ -146,8 +146,7 @@ def make_resnet(folder: Path, idle: list[tuple[int, int]]) -> None:
     model.eval().save_pretrained(folder)
 
 
-@pytest.mark.ray
-def test_the_stages_of_a_cnn_are_pruned_apart(idx: Path, tmp_path: Path, mpruner: Run) -> None:
+def test_the_stages_of_a_cnn_are_pruned_apart(idx: Path, tmp_path: Path, without_ray: Run) -> None:
     """Layers count from the first stage to the last; the first of a stage stays, and so does each stage's own plan."""
     make_resnet(tmp_path / "model", [(0, 1), (1, 2), (2, 1)])
     asked = settings_of_images(tmp_path, idx)
@@ -156,7 +155,7 @@ def test_the_stages_of_a_cnn_are_pruned_apart(idx: Path, tmp_path: Path, mpruner
     asked["evaluate"] = {"batch_size": 20}
     asked["retrain"]["distillation"] = {"weight": 0.2, "hidden_weight": 0.1}
     config = write_config(tmp_path / "config.yaml", asked)
-    code, output = mpruner("run", config, "--run-dir", tmp_path / "run", "--set", "cluster.workers=2")
+    code, output = without_ray("run", config, "--run-dir", tmp_path / "run", "--set", "cluster.workers=2")
     assert code == 0, output
     run = tmp_path / "run"
     plan = json.loads((run / "plan.json").read_text())

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed
 import transformers
-from conftest import make_idle_layers, make_model, on_ranks, write_config
+from conftest import make_idle_layers, make_model, write_config
+from ranks import on_ranks
 
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, on_ranks
+from conftest import make_model
+from ranks import on_ranks
 from safetensors.torch import load_file
 
 from mpruner_dist.checkpoints.folder import read_checkpoint

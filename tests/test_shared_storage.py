@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 
 import numpy as np
-from conftest import make_model, on_ranks
+from conftest import make_model
+from ranks import on_ranks
 
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config

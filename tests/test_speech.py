@@ -1,4 +1,4 @@
-"""The whole road on a small Whisper, with real Ray and real DeepSpeed; and what it says beside transformers alone."""
+"""The whole road on a small Whisper, with real DeepSpeed; and what it says beside transformers alone."""
 
 import json
 from collections.abc import Callable
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import on_ranks, write_config
+from conftest import write_config
+from ranks import on_ranks
 from speech_models import (
     DECODER,
     ENCODER,
@@ -37,15 +38,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.ray
 def test_a_whisper_is_pruned_in_rounds_that_its_word_error_rate_judges(
-    folder: Path, tmp_path: Path, mpruner: Run
+    folder: Path, tmp_path: Path, without_ray: Run
 ) -> None:
     asked = settings(folder) | {
         "rounds": {"metric": "word_error_rate", "tolerance": 0.3, "remove": 2, "max_stride": 1, "max_rounds": 2}
     }
     run = tmp_path / "run"
-    code, output = mpruner("run", write_config(tmp_path / "config.yaml", asked), "--run-dir", run)
+    code, output = without_ray("run", write_config(tmp_path / "config.yaml", asked), "--run-dir", run)
     assert code == 0, output
     rounds = json.loads((run / "rounds.json").read_text())
     before = rounds["original"]["word_error_rate"]

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import on_ranks
 from families import make_family
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import on_ranks
 from safetensors.torch import load_file
 from test_plans import random_cka, some_losses
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import make_model, on_ranks
+from conftest import make_model
+from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 
 from mpruner_dist.cluster.engine import gathered, make_engine

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import make_model, on_ranks
+from conftest import make_model
+from ranks import on_ranks
 from test_sources import KEPT, expect_same, expected, weights_in
 
 from mpruner_dist.checkpoints.formats import open_checkpoint

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from collecting import collect_on_this_rank, collected
-from conftest import on_ranks
 from families import make_family
+from ranks import on_ranks
 
 from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.config import Config, PlanConfig
