@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up on a fresh machine, then prune and retrain a real model of 135 M parameters on CPUs or a GPU.
+# Set up on a fresh machine, then prune and retrain a real model of 135 M parameters on CPUs, or on two GPUs.
 # Arguments go to `mpruner run`, for example: launch/demo.sh --run-dir runs/longer --set retrain.steps=20
 # The same command resumes an interrupted run. PYTHON chooses the interpreter.
 set -euo pipefail

@@ -11,7 +11,7 @@ from mpruner_dist.checkpoints.folder import CheckpointFolder, read_checkpoint
 from mpruner_dist.checkpoints.naming import layer_parameters
 from mpruner_dist.checkpoints.source import resolve_source
 from mpruner_dist.cluster.settings import Settings, given_stage, inference_settings, read_deepspeed_config, zero_stage
-from mpruner_dist.config import Config
+from mpruner_dist.config import Config, RetrainConfig
 from mpruner_dist.config.plan import JUDGED
 from mpruner_dist.config.task import FACTS
 from mpruner_dist.data.model_folder import read_config
@@ -67,8 +67,9 @@ def describe(config: Config) -> Rows:
     require_samples(parts["calibration"], config.collect)
     given = read_deepspeed_config(config.cluster.deepspeed)
     chosen = given_stage(given, config.cluster.zero_stage)
-    # the workers choose by their own memory; what a replica would take is the most that it can be
-    inference = inference_settings(given, 0 if chosen == "auto" else chosen, config.model.dtype)
+    # with auto the workers choose by their own memory
+    stages = (0, 3) if chosen == "auto" else (chosen,)
+    inference = [inference_settings(given, stage, config.model.dtype) for stage in stages]
     stage = "auto: 0 if the weights fit in a worker's free memory, else 3" if chosen == "auto" else str(chosen)
     if config.rounds is None:
         require_budget(config.plan, depths, sizes, checkpoint.num_parameters - sum(sizes))
@@ -110,16 +111,16 @@ def _to_write(config: Config, checkpoint: CheckpointFolder, sizes: list[int]) ->
     return f"at most {_bytes(outputs * checkpoint.num_bytes)} in {outputs} checkpoint(s), less what the plan removes"
 
 
-def _collection(config: Config, checkpoint: CheckpointFolder, settings: Settings, depth: int) -> str:
+def _collection(config: Config, checkpoint: CheckpointFolder, settings: list[Settings], depth: int) -> str:
     collect = config.collect
     # two streams of triangles of Gram matrices, and as much again while one is permuted
-    memory = _weights(config, checkpoint, settings) + depth * collect.samples**2 * 4 * 2
+    grams = depth * collect.samples**2 * 4 * 2
     tokens = collect.num_batches * collect.batch_size * config.data.block_size
     in_all = f" ({tokens:,})" if config.model.task == "causal-lm" else ""
     turns = math.ceil(collect.num_batches / config.cluster.workers)
     return (
         f"{collect.num_batches} batches of {_sequences(config, collect.batch_size)}{in_all}, "
-        f"{turns} turns a worker, {_bytes(memory)} a worker"
+        f"{turns} turns a worker, {_inference_memory(config, checkpoint, settings, grams)}"
     )
 
 
@@ -141,10 +142,12 @@ def _planning(
     return [("plan", f"{plan.method}: {remove} layers go, {passes} forward passes over {each}")]
 
 
-def _evaluation(config: Config, checkpoint: CheckpointFolder, settings: Settings, model_config: Any, test: Part) -> str:
-    memory = _weights(config, checkpoint, settings) + logits_bytes(config, model_config)
+def _evaluation(
+    config: Config, checkpoint: CheckpointFolder, settings: list[Settings], model_config: Any, test: Part
+) -> str:
+    memory = _inference_memory(config, checkpoint, settings, logits_bytes(config, model_config))
     models, task = 2 if config.retrain is None else 3, task_of(config.model)
-    return f"{models} models on {task.size(test):,} {task.facts.unit}s, {_bytes(memory)} a worker"
+    return f"{models} models on {task.size(test):,} {task.facts.unit}s, {memory}"
 
 
 def _facts(facts: dict[str, Any]) -> str:
@@ -178,7 +181,11 @@ def _retraining(
             f"{settings['gradient_accumulation_steps']} micro-batches of {retrain.micro_batch_size} a worker, "
             f"ZeRO stage {zero_stage(settings)}, at most {trained / 1e6:.2f} M parameters trained, at most "
             f"{_training_memory(config, settings, checkpoint.num_parameters, trained)}",
-        )
+        ),
+        (
+            "its checkpoints",
+            _training_checkpoints(retrain, settings, checkpoint.num_parameters, trained, _width(config)),
+        ),
     ]
 
 
@@ -191,7 +198,7 @@ def _rounds(config: Config) -> Rows:
         (
             "rounds",
             f"at most {rounds.max_rounds}, the first as above; judged by {judged}, tolerance {rounds.tolerance:g} from "
-            f"the original; at least {config.plan.keep_layers or 1} layers stay",
+            f"the original; at least {config.plan.keep_layers or 1} layers stay; what each round writes is kept",
         )
     ]
 
@@ -228,14 +235,27 @@ def _training_memory(config: Config, settings: Settings, parameters: int, traine
     return f"{_bytes(weights + gradients + optimizer)} a worker" + (f", {', '.join(told)} of it" if told else "")
 
 
+def _training_checkpoints(retrain: RetrainConfig, settings: Settings, parameters: int, trained: int, width: int) -> str:
+    """Of what is trained the weights in float32 and two moments; the weights, of which stage 3 adds the frozen ones."""
+    model = parameters - trained if zero_stage(settings) == 3 else parameters
+    saved = math.ceil(retrain.steps / retrain.save_every)
+    stay = min(saved, retrain.keep_checkpoints)
+    more = ", and one more while it is saved" if saved > stay else ""
+    return f"at most {_bytes(trained * 12 + model * width)} each on disk; {stay} stay{more}"
+
+
 def _width(config: Config) -> int:
     """Bytes of a weight in memory."""
     return int(getattr(torch, config.model.dtype).itemsize)
 
 
-def _weights(config: Config, checkpoint: CheckpointFolder, settings: Settings) -> float:
-    share = config.cluster.workers if zero_stage(settings) == 3 else 1
-    return checkpoint.num_parameters * _width(config) / share
+def _inference_memory(config: Config, checkpoint: CheckpointFolder, settings: list[Settings], more: float) -> str:
+    """Weights and what else a worker holds; under each of the ZeRO stages that may be chosen."""
+    told = []
+    for one in settings:
+        share = config.cluster.workers if zero_stage(one) == 3 else 1
+        told.append(f"{_bytes(checkpoint.num_parameters * _width(config) / share + more)} a worker")
+    return told[0] if len(set(told)) == 1 else f"{told[0]} with a replica on each, {told[1]} with divided weights"
 
 
 def _bytes(number: float) -> str:

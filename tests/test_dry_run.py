@@ -1,6 +1,7 @@
 """What a dry run says of the work, the memory and the plans, and that it does nothing."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,24 @@ def test_a_dry_run_says_what_would_happen_and_does_nothing(
     assert code == 0, output
     for words in ("llama", "8, model.layers.0 to model.layers.7",
                   "7 batches of 2 x 32 tokens (448)", "6 steps of 4 x 32",
-                  "2 micro-batches of 2", "3 models", "ZeRO stage 1", "kB in", "a worker"):  # fmt: skip
+                  "2 micro-batches of 2", "3 models", "ZeRO stage 1", "kB in", "a worker",
+                  "each on disk; 2 stay, and one more while it is saved"):  # fmt: skip
         assert words in output, words
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_dry_run_tells_what_a_replica_takes_and_what_divided_weights(
+    command: Cli, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    settings["cluster"]["workers"] = 2
+    code, output = dry_run(command, tmp_path, settings)
+    assert code == 0, output
+    told = " ".join(output.replace("│", " ").split())
+    found = re.findall(r"([\d.]+) kB a worker with a replica on each, ([\d.]+) kB a worker with divided", told)
+    assert len(found) == 2  # of collection and evaluation
+    weights = sum(file.stat().st_size for file in Path(settings["model"]["path"]).glob("*.safetensors")) / 1e3
+    for replica, divided in found:
+        assert float(replica) - float(divided) == pytest.approx(weights / 2, rel=0.05)
 
 
 def test_a_model_of_one_layer_is_refused(command: Cli, tmp_path: Path, settings: dict[str, Any]) -> None:

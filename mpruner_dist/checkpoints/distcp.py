@@ -51,7 +51,8 @@ def _tensor(folder: Path, name: str, entry: Any, places: dict[Any, Any]) -> Stor
         if sizes[1:] != shape[1:] or any(offsets[1:]) or (offsets and offsets[0] != row):
             raise UserError(
                 f"{folder}: {name} is divided other than by rows (a chunk of {list(sizes)} at {list(offsets)} of "
-                f"{list(shape)}): save it with torch.distributed.checkpoint.format_utils.dcp_to_torch_save first"
+                f"{list(shape)}): gather it with torch.distributed.checkpoint.format_utils.dcp_to_torch_save, and "
+                "save the model's own state dict of it as pytorch_model.bin beside config.json"
             )
         row += sizes[0] if sizes else 1
         info = places[name, offsets] if (name, offsets) in places else places[name, ()]

@@ -82,7 +82,8 @@ def require_same_view(nodes: list[Node], shared: Path, folders: list[Path], dead
         raise StageFailure(
             f"{len(faults)} of {len(nodes)} nodes cannot take part in this run:\n" + "\n".join(lines) + "\n"
             "The run folder and the model must lie on storage that all nodes mount under the same path, and the same "
-            f"packages be installed on all of them. To try again: mpruner doctor --run-dir {shared}"
+            f"packages be installed on all of them. To try again: mpruner doctor --run-dir {shared}, with "
+            "--address ADDRESS where cluster.address names the cluster"
         )
     log.info("%d nodes see the same folders and packages", len(nodes))
 

@@ -27,7 +27,8 @@ class CollectConfig(Section):
     """What is one sample: a token or the mean of a sequence (language and speech); an image, also where it is left out
     (vision)."""
     samples: Annotated[int, Field(ge=4)] = 256
-    """Samples drawn from a batch; the unbiased estimator needs 4."""
+    """Samples drawn from a batch; of sequences, images and of estimator sentence all of them, where they are fewer. The
+    unbiased estimator needs 4."""
     skip_tokens: NonNegative = 1
     """Positions left out at the start of each sequence: the first token is a massive activation."""
     outlier_norm: Annotated[float, Field(gt=1)] | None = 10.0

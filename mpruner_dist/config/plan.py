@@ -32,11 +32,12 @@ class PlanConfig(Section):
     measure: Literal["states", "updates"] = "states"
     """Whose CKA: of the states that blocks hand on, or of their updates of them."""
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.98
-    """CKA from which on layers share a cluster; used by the methods of clusters if there is no budget."""
+    """CKA from which on layers share a cluster; used by the methods of clusters in rounds, and without a budget."""
     stride: Annotated[int, Field(ge=1, le=3)] = 1
     """Of a cluster's layers 0, 1, 2, ... every stride-th after the one that stays is removed."""
     keep_layers: Positive | None = None
-    """The budget: so many layers stay. Methods of clusters then take the highest threshold that suffices."""
+    """The budget: so many layers stay. Methods of clusters then take the highest threshold that suffices. In rounds
+    it is where they end."""
     target_parameters: Positive | None = None
     """The budget: as few layers go as leave at most so many parameters."""
     protect_first: NonNegative = 1

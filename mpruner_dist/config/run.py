@@ -41,7 +41,7 @@ class ClusterConfig(Section):
     """Collection and evaluation: 0 puts a replica on each worker, 3 divides the weights among them; auto takes 0 where
     the weights fit in a worker's free memory, else 3, on GPUs with the partitions in CPU memory if they must."""
     deepspeed: Path | None = None
-    """A DeepSpeed JSON file for collection and evaluation."""
+    """A DeepSpeed JSON file for collection and evaluation, of ZeRO stage 0 or 3; what is of training is left out."""
     address: str | None = None
     """An existing Ray cluster. RAY_ADDRESS says the same. Without either, Ray is started on this machine."""
     max_restarts: NonNegative = 2

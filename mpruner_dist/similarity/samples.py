@@ -87,9 +87,10 @@ def draw_samples(mask_BT: Tensor, config: CollectConfig, batch: int, of: str = "
         positions = eligible_BT.any(1).nonzero().squeeze(1)
         least = MIN_SAMPLES
     if len(positions) < least:
+        fewer = "lower collect.samples, or " if least == config.samples else ""
         raise UserError(
             f"calibration batch {batch} has {len(positions)} {config.unit} samples to draw from{of}, {least} are "
-            "needed: lower collect.samples, or raise collect.batch_size"
+            f"needed: {fewer}raise collect.batch_size"
         )
     seed = int.from_bytes(hashlib.sha256(f"{config.seed}/{batch}".encode()).digest()[:8], "little") >> 1
     order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(seed))
