@@ -19,7 +19,14 @@ from ranks import on_ranks
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.errors import StageFailure, UserError
 from mpruner_dist.retraining import checkpoints
-from mpruner_dist.retraining.checkpoints import find_checkpoint, load_checkpoint, loading_settings, save_checkpoint
+from mpruner_dist.retraining.checkpoints import (
+    find_checkpoint,
+    load_checkpoint,
+    loading_settings,
+    read_facts,
+    save_checkpoint,
+    write_facts,
+)
 from mpruner_dist.retraining.resume import prepare_resume
 
 
@@ -166,21 +173,32 @@ def test_a_worker_lost_while_it_saves(tmp_path: Path, moment: str, step: int) ->
     assert names(run) == ["step-000006"]
 
 
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"stage": 0}, r"2 workers under ZeRO stage 0, and DeepSpeed's universal checkpoints are of ZeRO stage 1 to 3"),
-        ({"stage": 1, "offload_optimizer": {"device": "nvme"}}, "keeps an optimizer on NVMe in files of each worker"),
-    ],
-)
-def test_what_deepspeed_cannot_load_is_refused_before_anything_starts(
-    tmp_path: Path, settings: dict[str, Any], reason: str
-) -> None:
+def test_what_deepspeed_cannot_load_is_refused_before_anything_starts(tmp_path: Path) -> None:
     save_steps(tmp_path / "run", 2)
+    reason = r"2 workers under ZeRO stage 0, and DeepSpeed's universal checkpoints are of ZeRO stage 1 to 3"
     with pytest.raises(UserError, match=f"run/step-000002 was saved by 1 worker under ZeRO stage 1.*{reason}") as error:
-        prepare_resume(tmp_path / "run", {"zero_optimization": settings}, 2)
+        prepare_resume(tmp_path / "run", {"zero_optimization": {"stage": 0}}, 2)
     assert f"delete {tmp_path / 'run'} to retrain from the start" in str(error.value)
     prepare_resume(tmp_path / "run", {"zero_optimization": {"stage": 1}}, 1)  # as it was saved: nothing to do
+
+
+def test_an_optimizer_on_nvme_is_not_resumed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """DeepSpeed would go on without the moments, and say nothing."""
+    on_nvme = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme"}}}
+    prepare_resume(tmp_path / "run", on_nvme, 1)
+    assert "with its optimizer on NVMe, a retraining cannot go on from its checkpoints" in caplog.text
+    save_steps(tmp_path / "run", 2)
+    refusal = f"run/step-000002 .* loads none of the moments.* Delete {tmp_path / 'run'} to retrain from the start"
+    with pytest.raises(UserError, match=refusal):
+        prepare_resume(tmp_path / "run", on_nvme, 1)
+    prepare_resume(tmp_path / "run", {"zero_optimization": {"stage": 1}}, 1)
+    checkpoint = tmp_path / "run/step-000002"
+    facts, _ = read_facts(checkpoint)
+    (checkpoint / "mpruner.json").unlink()
+    (checkpoint / "offloaded_tensors_0").touch()
+    write_facts(checkpoint, {key: value for key, value in facts.items() if key != "files"})
+    with pytest.raises(UserError, match=refusal):
+        prepare_resume(tmp_path / "run", {"zero_optimization": {"stage": 1}}, 1)
 
 
 def test_what_the_converter_refuses(tmp_path: Path) -> None:

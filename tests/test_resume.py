@@ -1,4 +1,4 @@
-"""kill -9 in every stage that takes time: the same command goes on and ends with the same artefacts."""
+"""kill -9, or Ctrl-C, in every stage that takes time: the same command goes on and ends with the same artefacts."""
 
 import json
 import os
@@ -64,6 +64,18 @@ def kill_driver(process: Any, agents: list[psutil.Process], *with_it: psutil.Pro
     assert alive == [], "left running after the driver was killed"
 
 
+def interrupt(process: Any) -> None:
+    """Ctrl-C."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "interrupted; what was saved is kept, and the same command goes on" in output
+    assert "Traceback" not in output
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert alive == [], "left running after Ctrl-C"
+
+
 def artefacts(run: Path) -> dict[str, Any]:
     evaluation = json.loads((run / "evaluation.json").read_text())
     for entry in evaluation.values():
@@ -92,7 +104,10 @@ def test_killed_at_every_stage_it_ends_the_same(
     for moment, has_come in moments.items():
         process = start("run", config, "--run-dir", run)
         wait_for(has_come, process)
-        kill_driver(process, agents)
+        if moment == "evaluate":
+            interrupt(process)
+        else:
+            kill_driver(process, agents)
         assert not (run / "report.html").exists(), f"too late to kill at {moment}"
     code, output = mpruner("run", config, "--run-dir", run)
     assert code == 0, output

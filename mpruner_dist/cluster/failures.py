@@ -63,9 +63,12 @@ def explain(error: TrainingFailedError, stage: str, logs: Path, workers: int, *,
     failures: dict[int, Exception] = error.worker_failures
     notes = {rank: everyone[rank] for rank in sorted(failures)}
     for rank, note in notes.items():
-        if "raised" not in note:
-            return f"{stage}: {_who(rank, note)} was killed{_at(note)} ({first_line(failures[rank])})"
-    rank = min(notes, key=lambda rank: float(notes[rank]["when"]))  # the others only lost their partner
+        # one without room for its note raised all the same
+        if "raised" not in note and not isinstance(failures[rank], MPrunerError):
+            cause = getattr(failures[rank], "health_check_failure", failures[rank])  # what Ray says of the actor
+            return f"{stage}: {_who(rank, note)} was killed{_at(note)} ({first_line(cause)})"
+    # the others only lost their partner
+    rank = min(notes, key=lambda rank: float(notes[rank].get("when", 0)))
     where, cause = f"{stage}: {_who(rank, notes[rank])} failed{_at(notes[rank])}", failures[rank]
     if isinstance(cause, MPrunerError):
         raise type(cause)(f"{where}: {cause}") from error

@@ -7,7 +7,6 @@ workers to stop; where none run, it stops at once.
 import faulthandler
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Self
 
-from mpruner_dist.errors import Interrupted, Preempted
+from mpruner_dist.errors import Interrupted, Preempted, StageFailure
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
@@ -107,13 +106,13 @@ def asking_first(request: Path | None) -> Iterator[None]:
     if request:
         request.unlink(missing_ok=True)
     _driver.busy, _driver.request = True, request
-    interrupt = signal.getsignal(signal.SIGINT)
     try:
         yield
+    except StageFailure:  # of a process that got the signal too, as in a Ray job
+        stop_if_told()
+        raise
     finally:
         _driver.busy = False
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, interrupt)  # Ray Train leaves one that asks workers that are gone
     stop_if_told()
 
 

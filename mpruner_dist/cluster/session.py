@@ -94,8 +94,8 @@ class RaySession:
         runtime_env = {"py_executable": shlex.quote(sys.executable)} if " " in sys.executable else {}
         # how often Ray Train looks whether the workers are done: its own 2 s are a tenth of a short stage
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-        # an actor that would tell workers of a node to be drained: they hear of their end by signals, from all systems
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        # an actor that would end and start the workers of a node to be drained: ours hear of their end by signals
+        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
         for name in ("ray", "ray.train", "ray._private"):
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
@@ -149,7 +149,7 @@ class RaySession:
             settings = {
                 "job": job, "spec": spec, "device": place.device, "cpus": place.cpus, "logs": str(logs), "stage": stage,
             }  # fmt: skip
-            trainer = TorchTrainer(
+            trainer = _Trainer(
                 # not as `train_loop_config`, which Ray Train's controller reads, importing all that the job needs
                 functools.partial(_run_job, settings),
                 torch_config=TorchConfig(
@@ -226,6 +226,13 @@ class RaySession:
     def _find_place(self, usable: Usable) -> Place:
         joined = cluster_address(self.config) is not None
         return find_place(self.config, self.device(), joined=joined, usable=usable)
+
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """One that leaves Ctrl-C to us: Ray Train's own handler ends the process with 1, without a word."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
 
 
 def cpus_here() -> int:

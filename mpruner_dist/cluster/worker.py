@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -148,8 +149,10 @@ class Worker:
                 if self.must_stop():  # a signal that came after the job's last look, as in an export
                     self.stop("its work is done")
         except BaseException as error:
-            traceback.print_exc()
-            self._note(raised=type(error).__name__, when=time.time())
+            with suppress(OSError):  # a full disk, which may be what the error tells
+                traceback.print_exc()
+            with suppress(OSError):
+                self._note(raised=type(error).__name__, when=time.time())
             raise
         worker_note(self.logs, self.stage, self.rank).unlink()
 

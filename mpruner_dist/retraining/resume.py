@@ -11,10 +11,13 @@ from mpruner_dist.retraining.checkpoints import Facts, fits, newest_whole, read_
 from mpruner_dist.runs.commit import commit_folder, disk_errors, require_space
 
 log = logging.getLogger(__name__)
+NO_MOMENTS = "a retraining cannot go on from its checkpoints (DeepSpeed 0.19.8 loads none of the moments)"
 
 
 def prepare_resume(folder: Path, settings: Settings, workers: int) -> None:
     """Where the newest whole checkpoint was saved by another number of workers or ZeRO stage, make its universal form.
+
+    Without one, warn of a training that could not go on from its own.
 
     Args:
         folder: of the checkpoints.
@@ -22,14 +25,25 @@ def prepare_resume(folder: Path, settings: Settings, workers: int) -> None:
         workers: their number.
 
     Raises:
-        UserError: DeepSpeed cannot load it in that shape.
+        UserError: DeepSpeed cannot load it, or not in that shape.
         StageFailure: DeepSpeed cannot convert it, or no space.
     """
     facts = newest_whole(folder, log.warning)
     stage = zero_stage(settings)
-    if facts is None or fits(facts, workers, stage):
+    offload = settings.get("zero_optimization", {}).get("offload_optimizer") or {}
+    on_nvme = offload.get("device") == "nvme"
+    if facts is None:
+        if on_nvme:
+            log.warning("with its optimizer on NVMe, %s: a stop begins it anew", NO_MOMENTS)
         return
     checkpoint, target = folder / f"step-{facts['step']:06d}", folder / universal_tag(facts["step"])
+    if on_nvme or any(name.startswith("offloaded_tensors") for name in facts["files"]):
+        raise UserError(
+            f"{checkpoint} was saved, or would go on, with the optimizer on NVMe, where {NO_MOMENTS}. Delete "
+            f"{folder} to retrain from the start, best with the optimizer in CPU memory"
+        )
+    if fits(facts, workers, stage):
+        return
     _require_universal(checkpoint, facts, settings, workers)
     known, harm = read_facts(target)
     if harm is None and known["zero_stage"] == stage:
@@ -52,16 +66,11 @@ def prepare_resume(folder: Path, settings: Settings, workers: int) -> None:
 
 def _require_universal(checkpoint: Path, facts: Facts, settings: Settings, workers: int) -> None:
     stage = zero_stage(settings)
-    offload = settings.get("zero_optimization", {}).get("offload_optimizer") or {}
-    reason = None
     if 0 in (stage, facts["zero_stage"]):
-        reason = "DeepSpeed's universal checkpoints are of ZeRO stage 1 to 3"
-    elif offload.get("device") == "nvme" or any(name.startswith("offloaded_tensors") for name in facts["files"]):
-        reason = "DeepSpeed keeps an optimizer on NVMe in files of each worker"
-    if reason:
         raise UserError(
             f"{checkpoint} was saved by {_shape(facts['workers'], facts['zero_stage'])}, this run has "
-            f"{_shape(workers, stage)}, and {reason}. {_way_out(checkpoint, facts)}"
+            f"{_shape(workers, stage)}, and DeepSpeed's universal checkpoints are of ZeRO stage 1 to 3. "
+            f"{_way_out(checkpoint, facts)}"
         )
 
 
