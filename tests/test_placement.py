@@ -13,9 +13,10 @@ import pytest
 import ray
 from conftest import Mpruner, make_text, write_config
 from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from test_resume import wait_for
 
-from mpruner_dist.cluster.nodes import Node
+from mpruner_dist.cluster.nodes import Node, living_nodes
 from mpruner_dist.cluster.placement import choose_device, cpus_each
 from mpruner_dist.cluster.session import RaySession
 from mpruner_dist.cluster.worker import Worker
@@ -143,6 +144,29 @@ def test_a_busy_cluster(cluster: Cluster, second: Any, tmp_path: Path, caplog: p
         other.wait()
     assert [path.name for path in (tmp_path / "few").iterdir()] == ["0 of 1"]
     assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["0 of 2", "1 of 2"]
+
+
+class Busy:
+    """An actor."""
+
+
+@pytest.mark.ray
+def test_nothing_is_placed_on_a_node_that_is_drained(cluster: Cluster) -> None:
+    """As a machine that its cloud takes back."""
+    third = cluster.add_node(num_cpus=1)
+    drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address, "--node-id",
+             third.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "it is wanted back",
+             "--deadline-remaining-seconds", "600"]  # fmt: skip
+    with RaySession(ClusterConfig(address=cluster.address)) as session:
+        session.connect()
+        before = {node.id for node in living_nodes()}
+        there = NodeAffinitySchedulingStrategy(third.node_id, soft=False)
+        busy = ray.remote(num_cpus=1)(Busy).options(scheduling_strategy=there).remote()  # an idle one ends at once
+        ray.get(busy.__ray_ready__.remote())
+        subprocess.run(drain, check=True)
+        assert before - {node.id for node in living_nodes()} == {third.node_id}
+        assert third.node_id in {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    cluster.remove_node(third)
 
 
 @pytest.mark.ray

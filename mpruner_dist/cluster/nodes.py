@@ -25,11 +25,12 @@ class Node:
 
 
 def living_nodes() -> list[Node]:
-    """All of them, by host."""
+    """All of them that are to stay, by host; nothing can be started any more on one that is drained."""
+    leaving = ray._private.state.state.get_draining_nodes()  # ray.nodes() counts them, as Ray Train knows too
     found = (
         Node(node["NodeID"], node["NodeManagerHostname"], node["NodeManagerAddress"], node["Resources"])
         for node in ray.nodes()
-        if node["Alive"]
+        if node["Alive"] and node["NodeID"] not in leaving
     )
     return sorted(found, key=str)
 
