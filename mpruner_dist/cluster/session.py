@@ -94,7 +94,7 @@ class RaySession:
         runtime_env = {"py_executable": shlex.quote(sys.executable)} if " " in sys.executable else {}
         # how often Ray Train looks whether the workers are done: its own 2 s are a tenth of a short stage
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-        # an actor that would end and start the workers of a node to be drained: ours hear of their end by signals
+        # an actor that would have Ray Train start workers again while their node is drained: that is done below
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
         for name in ("ray", "ray.train", "ray._private"):
             logging.getLogger(name).setLevel(logging.ERROR)
