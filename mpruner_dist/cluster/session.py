@@ -229,10 +229,10 @@ class RaySession:
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
-    """One that leaves Ctrl-C to us: Ray Train's own handler ends the process with 1, without a word."""
+    """One that leaves Ctrl-C to `stop_on_signals`: Ray Train's handler ends the process with 1, without a word."""
 
     def _register_sigint_handler(self, controller: Any) -> None:
-        pass
+        """Set none: the KeyboardInterrupt comes out of `fit`."""
 
 
 def cpus_here() -> int:
