@@ -57,7 +57,7 @@ def ours(features_LBND: list[Tensor]) -> Matrix:
     for batch in range(len(features_LBND[0])):
         estimator = make_estimator("debiased", len(features_LBND))
         for features_BND in features_LBND:
-            estimator.keep(features_BND[batch])
+            estimator.keep(features_BND[batch][None])
         samples = features_LBND[0].shape[1]
         no_order = torch.empty(0, samples, dtype=torch.int64)
         terms = estimator.terms(torch.arange(samples), torch.zeros(samples), no_order)

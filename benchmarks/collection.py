@@ -1,13 +1,14 @@
 """What collection costs beside the forward pass that it needs anyway, and how that grows.
 
-    .venv/bin/python benchmarks/collection.py overhead     # about 10 minutes, 6 GB of memory
+    .venv/bin/python benchmarks/collection.py overhead     # about 10 minutes, 6 GB of memory; on a GPU one minute
     .venv/bin/python benchmarks/collection.py growth       # about 3 minutes
     .venv/bin/python benchmarks/collection.py workers configs/demo.yaml     # after launch/demo.sh, about 6 minutes
 
-`overhead` runs the same batches through a llama of 1.1 B parameters (random weights, float32) with and without the
-statistics, in turn. `growth` times the statistics of one batch for several numbers of layers and widths and sets beside
-them what follows from the number of operations and three rates, measured once; then it puts the rates of a larger
-machine into the same formula. `workers` collects the demo's similarities with more and more batches and workers.
+`overhead` runs the same batches through a llama of 1.1 B parameters (random weights, float32), on a GPU one of 6.7 B in
+bfloat16, with and without the statistics, in turn. `growth` times the statistics of one batch for several numbers of
+layers and widths and sets beside them what follows from the number of operations and three rates, measured once; then
+it puts the rates of a larger machine into the same formula. `workers` collects the demo's similarities with more and
+more batches and workers.
 """
 
 import itertools
@@ -37,38 +38,44 @@ CONFIG = CollectConfig()  # the defaults: 8 sequences and 256 samples a batch, e
 
 def overhead() -> None:
     """Forward passes with and without the statistics."""
+    gpu = torch.cuda.is_available()
+    device, size, dtype = ("cuda", "7B", "bfloat16") if gpu else ("cpu", "1B", "float32")
+    rounds = 4 * ROUNDS if gpu else ROUNDS
     with tempfile.TemporaryDirectory() as folder:
-        parameters = make_checkpoint(Path(folder), "1B")
-        model = load_model(Path(folder), "float32", head=False)
+        parameters = make_checkpoint(Path(folder), size)
+        model = load_model(Path(folder), dtype, head=False).to(device)
     layers = model.config.num_hidden_layers
     tap = LayerTap(run_blocks(model))
     mask = torch.ones(CONFIG.batch_size, TOKENS, dtype=torch.int64)
     seconds: dict[str, list[float]] = {"forward": [], "collection": []}
     sums = BatchSums()
-    for batch in range(-1, ROUNDS):  # the first round warms up
+    for batch in range(-1, rounds):  # the first round warms up
         ids = torch.randint(4, 32000, mask.shape, generator=torch.Generator().manual_seed(batch + 1))
         for way in seconds:
             begun = time.perf_counter()
             if way == "collection":
-                statistics = BatchStatistics(batch, draw_samples(mask, CONFIG, batch), CONFIG, layers)
+                statistics = BatchStatistics(batch, draw_samples(mask, CONFIG, batch).to(device), CONFIG, layers)
                 tap.begin([statistics])
             else:
                 tap.begin([])
             with torch.no_grad():
-                model(input_ids=ids, attention_mask=mask, use_cache=False)
+                model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
             if way == "collection":
                 sums.update(batch, {name: value.numpy() for name, value in statistics.terms().items()})
+            if gpu:
+                torch.cuda.synchronize()
             if batch >= 0:
                 seconds[way].append(time.perf_counter() - begun)
     ratios = [with_it / bare for bare, with_it in zip(seconds["forward"], seconds["collection"], strict=True)]
-    flops = 2 * (parameters - 2 * 32000 * 2048) * mask.numel()
+    flops = 2 * (parameters - 2 * model.get_input_embeddings().weight.numel()) * mask.numel()
     forward, collection = (float(np.median(seconds[way])) for way in seconds)
-    print(f"{parameters / 1e9:.2f} B parameters, {layers} layers, width {model.config.hidden_size}, float32, "
-          f"{torch.get_num_threads()} threads, batches of {CONFIG.batch_size} x {TOKENS} tokens, "
-          f"{CONFIG.samples} samples, {ROUNDS} rounds\n")  # fmt: skip
+    where = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} threads"
+    print(f"{parameters / 1e9:.2f} B parameters, {layers} layers, width {model.config.hidden_size}, {dtype}, "
+          f"{where}, batches of {CONFIG.batch_size} x {TOKENS} tokens, {CONFIG.samples} samples, {rounds} rounds\n"
+    )  # fmt: skip
     print("| | seconds a batch (median) |\n|---|--:|")
-    print(f"| forward pass alone | {forward:.2f} ({flops / forward / 1e9:.0f} GFLOP/s) |")
-    print(f"| collection | {collection:.2f} |")
+    print(f"| forward pass alone | {forward:.3f} ({flops / forward / 1e9:,.0f} GFLOP/s) |")
+    print(f"| collection | {collection:.3f} |")
     print(f"| ratio, median of the rounds (smallest to largest) | {np.median(ratios):.3f} "
           f"({min(ratios):.3f} to {max(ratios):.3f}) |\n")  # fmt: skip
     one, every = sums.before(0).total(), sums.total()

@@ -48,7 +48,7 @@ def groups(samples: int = SAMPLES) -> Tensor:
 def terms_of(name: str, layers: list[Tensor], groups_N: Tensor, chosen: Tensor | None = None) -> Terms:
     estimator = make_estimator(name, len(layers))
     for features_ND in layers:
-        estimator.keep(features_ND)
+        estimator.keep(features_ND[None])
     chosen = torch.arange(len(layers[0])) if chosen is None else chosen
     orders = torch.stack([
         torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed)) for seed in range(2)
@@ -139,7 +139,7 @@ def test_feature_is_the_biased_cka_of_all_samples_at_once() -> None:
 def test_feature_refuses_a_wide_model_with_its_size() -> None:
     estimator = make_estimator("feature", 4)
     with pytest.raises(UserError, match=r"4 layers x 600 features, 0\.046 GB a batch.*use estimator debiased"):
-        estimator.keep(torch.zeros(4, 600))
+        estimator.keep(torch.zeros(1, 4, 600))
     assert 4 * 600 > FEATURE_LIMIT >= 4 * 512
 
 

@@ -25,6 +25,13 @@ from mpruner_dist.similarity.tap import BatchStatistics, LayerTap
 WIDTH, LAYERS, SEQUENCES, TOKENS = 6, 4, 3, 20
 
 
+@pytest.fixture(params=[1, 3], ids=["as on CPUs", "as on GPUs"], autouse=True)
+def together(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many layers are measured together."""
+    for module in ("tap", "estimators"):
+        monkeypatch.setattr(f"mpruner_dist.similarity.{module}.layers_at_once", lambda *_: request.param)
+
+
 def config(**changes: Any) -> CollectConfig:
     return CollectConfig(**{"samples": 16, "skip_tokens": 1, "outlier_norm": 10.0, "normalize": True} | changes)
 
@@ -222,7 +229,7 @@ def test_without_batches_nothing_is_kept_and_close_removes_the_hooks() -> None:
     tap.begin([statistics])
     tap.close()
     model(inputs())
-    assert statistics.cosines_N == []
+    assert statistics.seen == 0
     assert all(not block._forward_hooks and not block._forward_pre_hooks for block in model.layers)
 
 
@@ -302,3 +309,24 @@ def test_images_of_a_convolutional_stage() -> None:
     assert terms["samples"] == 8
     assert matrix.shape == (3, 3)
     assert 0.2 < matrix[0, 1] < 0.9999
+
+
+@pytest.mark.parametrize("estimator", ["debiased", "biased", "sentence"])
+def test_layers_measured_together_are_what_they_are_alone(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stage of another width, whose first layer has no update, and with an outlier."""
+    draw = torch.Generator().manual_seed(0)
+    states = [torch.randn(16, width, generator=draw) for width in (6, 6, 6, 6, 9, 9, 9)]
+    states[2][5] *= 1000
+    found = []
+    for count in (1, 2, 100):
+        for module in ("tap", "estimators"):
+            monkeypatch.setattr(f"mpruner_dist.similarity.{module}.layers_at_once", lambda *_, count=count: count)
+        statistics = BatchStatistics(0, at(list(range(16))), config(estimator=estimator), len(states) - 1)
+        for before, after in itertools.pairwise(states):
+            statistics.observe(before, after)
+        found.append(statistics.terms())
+    assert found[0]["samples"] == 15
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        for name, value in found[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

@@ -4,7 +4,7 @@ Each keeps something small of every layer as the forward pass goes by, then make
 workers and restarts; `similarity/finalise.py` makes CKA of the sums. A stream is one kind of feature: the states that
 the blocks hand on, or their updates of them.
 
-Shape suffixes: N samples, D features, L layers, P entries of a triangle, R permutations.
+Shape suffixes: N samples, D features, L layers, G of them at once, P entries of a triangle, R permutations.
 """
 
 from typing import Protocol
@@ -26,6 +26,9 @@ from mpruner_dist.similarity.hsic import (
 FEATURE_LIMIT = 2048
 """Layers times width up to which cross-covariances of all pairs of layers are kept: 34 MB a batch and matrix."""
 
+AT_ONCE = 1 << 24
+"""Numbers of the layers that are worked on together on a GPU: 67 MB in float32."""
+
 ROUNDING = 1e-6
 """Of the largest entry of a Gram matrix in float32: what varies less within a sequence is only rounding."""
 
@@ -33,8 +36,8 @@ ROUNDING = 1e-6
 class Estimator(Protocol):
     """What one stream of one batch goes through."""
 
-    def keep(self, features_ND: Tensor) -> None:
-        """Take the next layer's features."""
+    def keep(self, features_GND: Tensor) -> None:
+        """Take the next layers' features."""
 
     def terms(self, chosen_N: Tensor, groups_N: Tensor, orders_RN: Tensor) -> dict[str, Tensor]:
         """The batch's terms, float64.
@@ -44,6 +47,14 @@ class Estimator(Protocol):
             groups_N: which sequence each of these comes from.
             orders_RN: permutations of these; one side of a pair so shuffled gives the null.
         """
+
+
+def layers_at_once(numbers: int, device: torch.device) -> int:
+    """How many layers of so many numbers are worked on together.
+
+    What a GPU does with one layer takes less time than to start it; a CPU is quicker with what its caches hold.
+    """
+    return max(1, AT_ONCE // numbers) if device.type == "cuda" else 1
 
 
 def make_estimator(name: str, layers: int) -> Estimator:
@@ -67,23 +78,23 @@ class HsicTerms:
         self.samples = self.kept = 0
         self.packed_LP = torch.empty(0)
 
-    def keep(self, features_ND: Tensor) -> None:
-        """Take the next layer's features."""
+    def keep(self, features_GND: Tensor) -> None:
+        """Take the next layers' features."""
         # HSIC does not see a shift; float32 does
-        packed_P = pack(self.centre(gram(features_ND - features_ND.mean(0))))
+        packed_GP = pack(self.centre(gram(features_GND - features_GND.mean(1, keepdim=True))))
         if self.kept == 0:
-            self.samples = len(features_ND)
-            self.packed_LP = torch.empty(self.layers, len(packed_P), dtype=torch.float32, device=packed_P.device)
-        self.packed_LP[self.kept] = packed_P
-        self.kept += 1
+            self.samples = features_GND.shape[1]
+            self.packed_LP = packed_GP.new_empty(self.layers, packed_GP.shape[1])
+        self.packed_LP[self.kept : self.kept + len(packed_GP)] = packed_GP
+        self.kept += len(packed_GP)
 
     def part(self, chosen_N: Tensor) -> Tensor:
         """Triangles [L, P] of these samples alone, centred among themselves."""
         if len(chosen_N) == self.samples:
             return self.packed_LP
-        return torch.stack([
-            pack(self.centre(unpack(packed_P, self.samples)[chosen_N][:, chosen_N]))
-            for packed_P in self.packed_LP
+        return torch.cat([
+            pack(self.centre(unpack(packed_GP, self.samples)[:, chosen_N][:, :, chosen_N]))
+            for packed_GP in torch.split(self.packed_LP, layers_at_once(self.samples**2, self.packed_LP.device))
         ])  # fmt: skip
 
     def terms(self, chosen_N: Tensor, groups_N: Tensor, orders_RN: Tensor) -> dict[str, Tensor]:
@@ -137,13 +148,13 @@ class MomentTerms:
         self.layers = layers
         self.kept: list[Tensor] = []
 
-    def keep(self, features_ND: Tensor) -> None:
-        """Take the next layer's features.
+    def keep(self, features_GND: Tensor) -> None:
+        """Take the next layers' features.
 
         Raises:
             UserError: the model is too wide for this, or its layers are not equally wide.
         """
-        width = features_ND.shape[1]
+        width = features_GND.shape[2]
         if self.layers * width > FEATURE_LIMIT:
             raise UserError(
                 f"collect.estimator feature keeps all cross-covariances of {self.layers} layers x {width} features, "
@@ -152,7 +163,7 @@ class MomentTerms:
             )
         if self.kept and self.kept[0].shape[1] != width:
             raise UserError("collect.estimator feature needs layers of equal width, stages have not: use debiased")
-        self.kept.append(features_ND.double())
+        self.kept += features_GND.double().unbind()
 
     def terms(self, chosen_N: Tensor, groups_N: Tensor, orders_RN: Tensor) -> dict[str, Tensor]:
         """Moments of the batch; see Estimator."""

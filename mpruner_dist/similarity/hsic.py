@@ -14,9 +14,9 @@ PERMUTED_AT_ONCE = 8
 
 
 def gram(features_ND: Tensor) -> Tensor:
-    """Linear Gram matrix [N, N], at least float32."""
+    """Linear Gram matrices [..., N, N] of features [..., N, D], at least float32."""
     features_ND = features_ND if features_ND.dtype == torch.float64 else features_ND.float()
-    return features_ND @ features_ND.T
+    return features_ND @ features_ND.mT
 
 
 def u_centred(gram_NN: Tensor) -> Tensor:
@@ -58,18 +58,18 @@ def triangle(n: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 def pack(matrix_NN: Tensor) -> Tensor:
-    """The weighted triangle [P] of a symmetric matrix, in its dtype: half the memory, the same inner products."""
+    """The weighted triangles [..., P] of symmetric matrices, in their dtype: half the memory, equal inner products."""
     flat_P, weights_P = triangle(matrix_NN.shape[-1], matrix_NN.device, matrix_NN.dtype)
-    return matrix_NN.flatten().index_select(0, flat_P).mul_(weights_P)
+    return matrix_NN.flatten(-2).index_select(-1, flat_P).mul_(weights_P)
 
 
 def unpack(packed_P: Tensor, n: int) -> Tensor:
-    """The symmetric matrix [N, N] of a weighted triangle."""
+    """The symmetric matrices [..., N, N] of weighted triangles."""
     flat_P, weights_P = triangle(n, packed_P.device, packed_P.dtype)
-    half_NN = packed_P.new_zeros(n * n)
-    half_NN[flat_P] = packed_P / weights_P
-    half_NN = half_NN.view(n, n)
-    return half_NN + half_NN.triu(1).T
+    half_NN = packed_P.new_zeros(*packed_P.shape[:-1], n * n)
+    half_NN[..., flat_P] = packed_P / weights_P
+    half_NN = half_NN.view(*packed_P.shape[:-1], n, n)
+    return half_NN + half_NN.triu(1).mT
 
 
 def permuted_places(order_N: Tensor) -> Tensor:
@@ -93,10 +93,7 @@ def products_with_permuted(packed_LP: Tensor, order_N: Tensor) -> Tensor:
     """Inner products [L, L] of the matrices with themselves, rows and columns of the second in another order."""
     place_P = permuted_places(order_N)
     # a few at a time: a copy of all of them would take as much memory as they do
-    parts = [
-        packed_LP @ torch.stack([packed_P.index_select(0, place_P) for packed_P in part]).T
-        for part in torch.split(packed_LP, PERMUTED_AT_ONCE)
-    ]
+    parts = [packed_LP @ part.index_select(1, place_P).T for part in torch.split(packed_LP, PERMUTED_AT_ONCE)]
     return torch.cat(parts, 1)
 
 

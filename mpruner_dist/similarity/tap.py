@@ -1,6 +1,6 @@
 """Hooks on the blocks of a model: each layer's activations become small additive terms at once, and are dropped.
 
-Shape suffixes: N samples, M of them whose states are kept, D features, L layers, S = L + 1 states.
+Shape suffixes: N samples, M of them whose states are kept, D features, L layers, G of them at once, S = L + 1 states.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 from mpruner_dist.config import CollectConfig
 from mpruner_dist.errors import StageFailure
 from mpruner_dist.models.blocks import hidden_states_of, input_states_of
-from mpruner_dist.similarity.estimators import make_estimator
+from mpruner_dist.similarity.estimators import layers_at_once, make_estimator
 from mpruner_dist.similarity.hsic import MIN_SAMPLES
 from mpruner_dist.similarity.samples import Samples
 
@@ -29,43 +29,39 @@ class BatchStatistics:
         self.batch, self.samples, self.config, self.layers, self.first = batch, samples, config, layers, first
         self.streams = {stream: make_estimator(config.estimator, layers) for stream in ("states", "updates")}
         self.clean_N = torch.ones(len(samples.positions_N), dtype=torch.bool)
-        self.cosines_N: list[Tensor] = []
-        self.energies_N: list[Tensor] = []
+        self.seen = 0
+        self.waiting: list[tuple[Tensor, Tensor]] = []
         self.states_MD: list[Tensor] = []
-        self.not_finite: list[Tensor] = []
-        self.varies: list[Tensor] = []
+        # of a few layers each
+        self.norms: list[Tensor] = []
+        self.cosines: list[Tensor] = []
+        self.energies: list[Tensor] = []
+        self.sizes: list[Tensor] = []
 
     def observe(self, inputs_ND: Tensor, outputs_ND: Tensor) -> None:
-        """Take the next layer: what its block was given for the samples, and what it made of it.
+        """Take the next layer: what its block was given for the samples, and what it made of it; both are kept a while.
 
         Nothing here waits for the device: whether the numbers are sound is asked once, by `terms`.
 
         Raises:
             StageFailure: more layers than there are.
         """
-        layer = len(self.cosines_N)
-        if layer == self.layers:
-            raise StageFailure(f"batch {self.batch}: more than {layer} blocks ran; a block that runs twice is no layer")
-        if layer == 0:
+        if self.seen == self.layers:
+            raise StageFailure(
+                f"batch {self.batch}: more than {self.seen} blocks ran; a block that runs twice is no layer"
+            )
+        if self.seen == 0:
+            self.clean_N = self.clean_N.to(outputs_ND.device)
             # as many samples as make the states of all layers a quarter of the Gram matrices
             self.kept = min(len(inputs_ND), max(MIN_SAMPLES, len(inputs_ND) ** 2 // (4 * inputs_ND.shape[1])))
             self.states_MD.append(inputs_ND[: self.kept].clone())
+        self.seen += 1
         self.states_MD.append(outputs_ND[: self.kept].clone())
-        inputs_ND, outputs_ND = inputs_ND.float(), outputs_ND.float()
-        norms_N = outputs_ND.norm(dim=1)
-        self.not_finite.append(1 - torch.isfinite(norms_N).float().mean())
-        if self.config.outlier_norm is not None:
-            self.clean_N = self.clean_N.to(norms_N.device) & (norms_N <= self.config.outlier_norm * norms_N.median())
-        same_shape = (
-            inputs_ND.shape == outputs_ND.shape
-        )  # else it is the first of a stage, and has no update of its input
-        cosine_N = torch.cosine_similarity(inputs_ND, outputs_ND, dim=1) if same_shape else torch.zeros_like(norms_N)
-        self.cosines_N.append(cosine_N)
-        states_ND = self._scaled(outputs_ND)
-        self.energies_N.append(self._energies(states_ND))
-        self.varies.append(self.energies_N[-1].mean() > CONSTANT * states_ND.square().sum(1).mean())
-        self.streams["states"].keep(states_ND)
-        self.streams["updates"].keep(self._scaled(outputs_ND - inputs_ND if same_shape else outputs_ND))
+        if self.waiting and [one.shape for one in self.waiting[0]] != [inputs_ND.shape, outputs_ND.shape]:
+            self._measure()
+        self.waiting.append((inputs_ND, outputs_ND))
+        if len(self.waiting) >= layers_at_once(outputs_ND.numel(), outputs_ND.device):
+            self._measure()
 
     def terms(self) -> dict[str, Tensor]:
         """All terms, float64, on the CPU.
@@ -74,9 +70,10 @@ class BatchStatistics:
             StageFailure: activations that are not finite, or the same for every sample; a pass that did not reach
                 every block; too few samples left.
         """
+        if self.waiting:
+            self._measure()
         self._require_sound()
-        clean_N = self.clean_N.to(self.cosines_N[0].device)
-        chosen_N = clean_N.nonzero().squeeze(1)
+        chosen_N = self.clean_N.nonzero().squeeze(1)
         if len(chosen_N) < MIN_SAMPLES:
             raise StageFailure(
                 f"batch {self.batch}: {len(chosen_N)} samples are left after the norm outliers, {MIN_SAMPLES} needed: "
@@ -91,36 +88,59 @@ class BatchStatistics:
         }
         terms["samples"] = torch.tensor(float(len(chosen_N)))
         terms["batches_counted"] = torch.tensor(1.0)
-        terms["cosine"] = torch.stack([cosine_N[chosen_N].double().sum() for cosine_N in self.cosines_N])
-        terms["top_share"] = torch.stack([_top_share(energy_N[chosen_N]) for energy_N in self.energies_N])
-        clean_states = [states_MD[clean_N[: self.kept]] for states_MD in self.states_MD]
-        terms["angle"] = summed_angles(clean_states)
-        terms["angle_samples"] = torch.tensor(float(len(clean_states[0])))
+        terms["cosine"] = torch.cat(self.cosines)[:, chosen_N].double().sum(1)
+        terms["top_share"] = _top_shares(torch.cat(self.energies)[:, chosen_N])
+        chosen_M = chosen_N[chosen_N < self.kept]
+        terms["angle"] = summed_angles([states_MD[chosen_M] for states_MD in self.states_MD])
+        terms["angle_samples"] = torch.tensor(float(len(chosen_M)))
         return {name: value.detach().to("cpu", torch.float64) for name, value in terms.items()}
 
-    def _scaled(self, vectors_ND: Tensor) -> Tensor:
-        if not self.config.normalize:
-            return vectors_ND
-        rms_N1 = vectors_ND.norm(dim=1, keepdim=True) / vectors_ND.shape[1] ** 0.5
-        scaled_ND: Tensor = vectors_ND / rms_N1.clamp_min(torch.finfo(torch.float32).tiny)
-        return scaled_ND
+    def _measure(self) -> None:
+        """The layers that wait, G of them, together."""
+        inputs_GND, outputs_GND = (torch.stack(states).float() for states in zip(*self.waiting, strict=True))
+        self.waiting = []
+        norms_GN = outputs_GND.norm(dim=2)
+        self.norms.append(norms_GN)
+        clean_GN = self._clean(norms_GN)
+        # else it is the first of a stage, and has no update of its input
+        same_shape = inputs_GND.shape == outputs_GND.shape
+        self.cosines.append(_cosines(inputs_GND, outputs_GND, norms_GN) if same_shape else torch.zeros_like(norms_GN))
+        states_GND = self._scaled(outputs_GND, norms_GN)
+        self.energies.append(_energies(states_GND, clean_GN))
+        self.sizes.append(states_GND.norm(dim=(1, 2)))
+        self.streams["states"].keep(states_GND)
+        updates_GND = outputs_GND - inputs_GND if same_shape else outputs_GND
+        self.streams["updates"].keep(self._scaled(updates_GND, updates_GND.norm(dim=2)))
 
-    def _energies(self, states_ND: Tensor) -> Tensor:
-        """Squared distance [N] of each sample from the mean of the clean ones: their share of the Gram's trace."""
-        weights_N = self.clean_N.to(states_ND.device, torch.float32)
-        return (states_ND - weights_N @ states_ND / weights_N.sum()).square().sum(1)
+    def _clean(self, norms_GN: Tensor) -> Tensor:
+        """Which samples are no outliers in any layer up to each of these, bool; `clean_N` is then that of the last."""
+        if self.config.outlier_norm is None:
+            return self.clean_N.expand_as(norms_GN)
+        usual_GN = norms_GN <= self.config.outlier_norm * norms_GN.median(dim=1, keepdim=True).values
+        clean_GN = self.clean_N & usual_GN.cumprod(0).bool()
+        self.clean_N = clean_GN[-1]
+        return clean_GN
+
+    def _scaled(self, vectors_GND: Tensor, norms_GN: Tensor) -> Tensor:
+        if not self.config.normalize:
+            return vectors_GND
+        rms_GN = norms_GN / vectors_GND.shape[2] ** 0.5
+        scaled_GND: Tensor = vectors_GND / rms_GN.clamp_min(torch.finfo(torch.float32).tiny)[:, :, None]
+        return scaled_GND
 
     def _require_sound(self) -> None:
-        if len(self.cosines_N) != self.layers:
-            raise StageFailure(f"batch {self.batch}: {len(self.cosines_N)} blocks ran, the model has {self.layers}")
-        for layer, share in enumerate(torch.stack(self.not_finite).tolist()):
+        if self.seen != self.layers:
+            raise StageFailure(f"batch {self.batch}: {self.seen} blocks ran, the model has {self.layers}")
+        not_finite_LN = ~torch.cat(self.norms).isfinite()
+        for layer, share in enumerate(not_finite_LN.float().mean(1).tolist()):
             if share:
                 raise StageFailure(
                     f"batch {self.batch}: {share:.1%} of the sampled activations of layer {self.first + layer} are not "
                     "finite; nothing of this batch was saved. Try model.dtype float32 or bfloat16, and check the "
                     "checkpoint"
                 )
-        for layer, varies in enumerate(torch.stack(self.varies).tolist()):
+        spread_L, squares_L = torch.cat(self.energies).sum(1), torch.cat(self.sizes).square()
+        for layer, varies in enumerate((spread_L > CONSTANT * squares_L).tolist()):
             if not varies:
                 raise StageFailure(
                     f"batch {self.batch}: the activations of layer {self.first + layer} are the same for every sample, "
@@ -190,7 +210,23 @@ def _angles_of_equal_width(states_MD: list[Tensor]) -> Tensor:
     return total_SS
 
 
-def _top_share(energies_N: Tensor) -> Tensor:
-    """Share of the sum that the largest one in TOP_PART hold."""
-    largest = energies_N.double().topk(-(-len(energies_N) // TOP_PART)).values
-    return largest.sum() / energies_N.double().sum()
+def _cosines(one_GND: Tensor, other_GND: Tensor, other_norms_GN: Tensor) -> Tensor:
+    """Of each sample's two vectors [G, N]; 0 where one of them is."""
+    products_GN = one_GND.norm(dim=2) * other_norms_GN
+    cosines_GN: Tensor = (one_GND * other_GND).sum(2) / products_GN.clamp_min(torch.finfo(torch.float32).tiny)
+    return cosines_GN
+
+
+def _energies(states_GND: Tensor, clean_GN: Tensor) -> Tensor:
+    """Squared distance [G, N] of each sample from the mean of the clean ones: their share of the Gram's trace."""
+    weights_GN = clean_GN.float()
+    mean_G1D = (weights_GN[:, None] @ states_GND) / weights_GN.sum(1)[:, None, None]
+    energies_GN: Tensor = (states_GND - mean_G1D).norm(dim=2).square()
+    return energies_GN
+
+
+def _top_shares(energies_LN: Tensor) -> Tensor:
+    """Share [L] of each row's sum that the largest one in TOP_PART hold."""
+    energies_LN = energies_LN.double()
+    largest = energies_LN.topk(-(-energies_LN.shape[1] // TOP_PART), dim=1).values
+    return largest.sum(1) / energies_LN.sum(1)
