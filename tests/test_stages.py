@@ -130,7 +130,7 @@ def test_a_plan_for_swin_keeps_the_pattern_of_its_windows(tmp_path: Path) -> Non
 def test_angles_are_measured_between_states_of_equal_width_alone() -> None:
     draw = torch.Generator().manual_seed(0)
     states = [torch.randn(6, width, generator=draw) for width in (4, 4, 9, 9)]
-    angles = summed_angles(states)
+    angles = summed_angles(states, torch.arange(len(states[0])))
     assert angles[0, 2] == angles[1, 3] == 6
     for one, other in ((0, 1), (2, 3)):
         cosine = torch.cosine_similarity(states[one].double(), states[other].double())

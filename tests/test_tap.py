@@ -28,7 +28,7 @@ WIDTH, LAYERS, SEQUENCES, TOKENS = 6, 4, 3, 20
 @pytest.fixture(params=[1, 3], ids=["as on CPUs", "as on GPUs"], autouse=True)
 def together(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """How many layers are measured together."""
-    for module in ("tap", "estimators"):
+    for module in ("tap", "estimators", "hsic"):
         monkeypatch.setattr(f"mpruner_dist.similarity.{module}.layers_at_once", lambda *_: request.param)
 
 
@@ -319,7 +319,7 @@ def test_layers_measured_together_are_what_they_are_alone(estimator: str, monkey
     states[2][5] *= 1000
     found = []
     for count in (1, 2, 100):
-        for module in ("tap", "estimators"):
+        for module in ("tap", "estimators", "hsic"):
             monkeypatch.setattr(f"mpruner_dist.similarity.{module}.layers_at_once", lambda *_, count=count: count)
         statistics = BatchStatistics(0, at(list(range(16))), config(estimator=estimator), len(states) - 1)
         for before, after in itertools.pairwise(states):

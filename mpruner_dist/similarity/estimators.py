@@ -16,6 +16,7 @@ from mpruner_dist.errors import UserError
 from mpruner_dist.similarity.hsic import (
     gram,
     h_centred,
+    layers_at_once,
     pack,
     products_of_pairs,
     products_with_permuted,
@@ -25,9 +26,6 @@ from mpruner_dist.similarity.hsic import (
 
 FEATURE_LIMIT = 2048
 """Layers times width up to which cross-covariances of all pairs of layers are kept: 34 MB a batch and matrix."""
-
-AT_ONCE = 1 << 24
-"""Numbers of the layers that are worked on together on a GPU: 67 MB in float32."""
 
 ROUNDING = 1e-6
 """Of the largest entry of a Gram matrix in float32: what varies less within a sequence is only rounding."""
@@ -47,14 +45,6 @@ class Estimator(Protocol):
             groups_N: which sequence each of these comes from.
             orders_RN: permutations of these; one side of a pair so shuffled gives the null.
         """
-
-
-def layers_at_once(numbers: int, device: torch.device) -> int:
-    """How many layers of so many numbers are worked on together.
-
-    What a GPU does with one layer takes less time than to start it; a CPU is quicker with what its caches hold.
-    """
-    return max(1, AT_ONCE // numbers) if device.type == "cuda" else 1
 
 
 def make_estimator(name: str, layers: int) -> Estimator:

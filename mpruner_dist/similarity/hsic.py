@@ -11,6 +11,16 @@ from torch import Tensor
 
 MIN_SAMPLES = 4
 PERMUTED_AT_ONCE = 8
+AT_ONCE = 1 << 24
+"""Numbers of the layers that are worked on together on a GPU: 67 MB in float32."""
+
+
+def layers_at_once(numbers: int, device: torch.device) -> int:
+    """How many layers of so many numbers are worked on together.
+
+    What a GPU does with one layer takes less time than to start it; a CPU is quicker with what its caches hold.
+    """
+    return max(1, AT_ONCE // numbers) if device.type == "cuda" else 1
 
 
 def gram(features_ND: Tensor) -> Tensor:
@@ -72,15 +82,21 @@ def unpack(packed_P: Tensor, n: int) -> Tensor:
     return half_NN + half_NN.triu(1).mT
 
 
+@lru_cache(maxsize=2)
+def _places(n: int, device: torch.device) -> Tensor:
+    """Where in a triangle each entry of its symmetric matrix lies, int64 [N, N]."""
+    flat_P, _ = triangle(n, device, torch.float32)
+    place_NN = flat_P.new_zeros(n * n)
+    place_NN[flat_P] = torch.arange(len(flat_P), device=device)
+    place_NN = place_NN.view(n, n)
+    return place_NN + place_NN.triu(1).T
+
+
 def permuted_places(order_N: Tensor) -> Tensor:
     """Where in a triangle the entries [P] lie of the one whose matrix has rows and columns in another order, int64."""
     n = len(order_N)
     flat_P, _ = triangle(n, order_N.device, torch.float32)
-    place_NN = order_N.new_zeros(n * n)
-    place_NN[flat_P] = torch.arange(len(flat_P), device=order_N.device)
-    place_NN = place_NN.view(n, n)
-    place_NN = place_NN + place_NN.triu(1).T
-    return place_NN[order_N][:, order_N].flatten()[flat_P]
+    return _places(n, order_N.device)[order_N][:, order_N].flatten()[flat_P]
 
 
 def products_of_pairs(rows_LP: Tensor) -> Tensor:
@@ -93,7 +109,8 @@ def products_with_permuted(packed_LP: Tensor, order_N: Tensor) -> Tensor:
     """Inner products [L, L] of the matrices with themselves, rows and columns of the second in another order."""
     place_P = permuted_places(order_N)
     # a few at a time: a copy of all of them would take as much memory as they do
-    parts = [packed_LP @ part.index_select(1, place_P).T for part in torch.split(packed_LP, PERMUTED_AT_ONCE)]
+    at_once = max(PERMUTED_AT_ONCE, layers_at_once(len(place_P), packed_LP.device))
+    parts = [packed_LP @ part.index_select(1, place_P).T for part in torch.split(packed_LP, at_once)]
     return torch.cat(parts, 1)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from mpruner_dist.config import CollectConfig
 from mpruner_dist.errors import StageFailure
 from mpruner_dist.models.blocks import hidden_states_of, input_states_of
-from mpruner_dist.similarity.estimators import layers_at_once, make_estimator
-from mpruner_dist.similarity.hsic import MIN_SAMPLES
+from mpruner_dist.similarity.estimators import make_estimator
+from mpruner_dist.similarity.hsic import MIN_SAMPLES, layers_at_once
 from mpruner_dist.similarity.samples import Samples
 
 CONSTANT = 1e-12  # of the mean square: below it float32 has only noise left
@@ -91,7 +91,7 @@ class BatchStatistics:
         terms["cosine"] = torch.cat(self.cosines)[:, chosen_N].double().sum(1)
         terms["top_share"] = _top_shares(torch.cat(self.energies)[:, chosen_N])
         chosen_M = chosen_N[chosen_N < self.kept]
-        terms["angle"] = summed_angles([states_MD[chosen_M] for states_MD in self.states_MD])
+        terms["angle"] = summed_angles(self.states_MD, chosen_M)
         terms["angle_samples"] = torch.tensor(float(len(chosen_M)))
         return {name: value.detach().to("cpu", torch.float64) for name, value in terms.items()}
 
@@ -190,20 +190,21 @@ class LayerTap:
         return [batch.samples.take(part) for batch, part in zip(self.batches, torch.split(hidden, sizes), strict=True)]
 
 
-def summed_angles(states_MD: list[Tensor]) -> Tensor:
-    """Angle / pi between every two states, summed over samples, float64 [S, S]; 1 between those of different widths."""
-    total_SS = torch.full((len(states_MD), len(states_MD)), float(len(states_MD[0])), dtype=torch.float64)
+def summed_angles(states_MD: list[Tensor], chosen_M: Tensor) -> Tensor:
+    """Angle / pi between every two states, summed over the chosen samples, float64 [S, S]; 1 between unequal widths."""
+    total_SS = torch.full((len(states_MD), len(states_MD)), float(len(chosen_M)), dtype=torch.float64)
     for width in {state_MD.shape[1] for state_MD in states_MD}:
         alike = [index for index, state_MD in enumerate(states_MD) if state_MD.shape[1] == width]
-        total_SS[np.ix_(alike, alike)] = _angles_of_equal_width([states_MD[index] for index in alike])
+        total_SS[np.ix_(alike, alike)] = _angles_of_equal_width([states_MD[index] for index in alike], chosen_M)
     return total_SS.fill_diagonal_(0.0)
 
 
-def _angles_of_equal_width(states_MD: list[Tensor]) -> Tensor:
-    """A few samples at a time: all at once the float32 copies of the states would be as large as the Gram matrices."""
+def _angles_of_equal_width(states_MD: list[Tensor], chosen_M: Tensor) -> Tensor:
+    """A few samples at a time: all at once the float64 copies of the states would be as large as the Gram matrices."""
     total_SS = torch.zeros(len(states_MD), len(states_MD), dtype=torch.float64)
-    for start in range(0, len(states_MD[0]), ANGLES_AT_ONCE):
-        part_MSD = torch.stack([state_MD[start : start + ANGLES_AT_ONCE].double() for state_MD in states_MD], 1)
+    stacked_SMD = torch.stack(states_MD)
+    for some in torch.split(chosen_M, ANGLES_AT_ONCE):
+        part_MSD = stacked_SMD[:, some].transpose(0, 1).double()
         unit_MSD = torch.nn.functional.normalize(part_MSD, dim=-1)
         cosine_MSS = (unit_MSD @ unit_MSD.transpose(1, 2)).clamp(-1.0, 1.0)
         total_SS += torch.arccos(cosine_MSS).sum(0).cpu() / torch.pi
