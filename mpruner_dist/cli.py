@@ -51,8 +51,15 @@ def run(
     settings = load_config(config, override or [])
     if dry_run:
         from mpruner_dist.dry_run import describe
+        from mpruner_dist.pipeline import require_way
 
-        _print_rows("What would happen", describe(settings))
+        require_way(settings, until, collected)
+        rows = describe(settings)
+        if collected is not None:
+            rows.append(("similarities", f"those of {collected}, if they were made from the same inputs"))
+        if until != "report":
+            rows.append(("the end", f"after the stage {until}; the rest is what the same command without --until does"))
+        _print_rows("What would happen", rows)
         return
     _walk(settings, config, run_dir, until, collected=collected)
 

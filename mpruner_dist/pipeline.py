@@ -43,6 +43,21 @@ def run(
         UserError: the input is wrong, or the folder was made by another configuration.
         StageFailure: a stage could not finish.
     """
+    require_way(config, last, collected)
+    require_extras(config)
+    with open_run(run_dir, config.to_yaml()) as folder:
+        require_same_road(config, folder)
+        with Road(config, folder) as road:
+            _walk(road, last, again, collected)
+    return folder.path
+
+
+def require_way(config: Config, last: str, collected: Path | None) -> None:
+    """Refuse an end or a beginning that a run of this configuration cannot have; see `run`.
+
+    Raises:
+        UserError: which, and what can be given in its place.
+    """
     if collected is not None and config.rounds is not None:
         raise UserError("rounds measure similarities of their own: leave out --collected")
     if config.rounds is not None and last in OF_A_ROUND:
@@ -52,12 +67,8 @@ def run(
         )
     if last not in (stages := stages_of(config)):
         raise UserError(f"there is no stage {last!r} to stop after; this run has {', '.join(stages)}")
-    require_extras(config)
-    with open_run(run_dir, config.to_yaml()) as folder:
-        require_same_road(config, folder)
-        with Road(config, folder) as road:
-            _walk(road, last, again, collected)
-    return folder.path
+    if collected is not None:
+        _similarities_of(collected)
 
 
 def _walk(road: Road, last: str, again: bool, collected: Path | None) -> None:
@@ -83,15 +94,20 @@ def take_over(folder: RunFolder, inputs: Inputs, collected: Path) -> None:
     Raises:
         UserError: there are none, or they were made from other inputs.
     """
+    other = _similarities_of(collected)
+    if differences := other.changes("collect", inputs):
+        listed = "\n".join(f"  {line}" for line in differences)
+        raise UserError(f"the similarities of {collected} were made from other inputs than this run's:\n{listed}")
+    folder.adopt("collect", other)
+
+
+def _similarities_of(collected: Path) -> RunFolder:
     other = RunFolder(collected, "")
     if not other.is_done("collect"):
         raise UserError(f"{collected} has no similarities to take over: its stage collect is not done")
     if missing := [output for output in other.stages["collect"]["outputs"] if not (other / output).exists()]:
         raise UserError(f"{collected} has no similarities to take over: {missing[0]} is missing")
-    if differences := other.changes("collect", inputs):
-        listed = "\n".join(f"  {line}" for line in differences)
-        raise UserError(f"the similarities of {collected} were made from other inputs than this run's:\n{listed}")
-    folder.adopt("collect", other)
+    return other
 
 
 def require_same_road(config: Config, folder: RunFolder) -> None:

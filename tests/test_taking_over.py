@@ -58,3 +58,23 @@ def test_rounds_measure_their_own(command: Cli, tmp_path: Path, settings: dict[s
     config = write_config(tmp_path / "config.yaml", settings)
     code, output = command("run", config, "--run-dir", tmp_path / "run", "--collected", collected)
     assert (code, "rounds measure similarities of their own: leave out --collected" in output) == (2, True)
+
+
+def test_a_dry_run_looks_at_where_the_run_begins_and_ends(
+    command: Cli, tmp_path: Path, settings: dict[str, Any], collected: Path
+) -> None:
+    config = write_config(tmp_path / "config.yaml", settings)
+
+    def told(*options: object) -> tuple[int, str]:
+        code, output = command("run", config, "--dry-run", *options)
+        return code, " ".join(output.replace("│", " ").split())
+
+    code, output = told("--until", "plan", "--collected", collected)
+    assert code == 0, output
+    assert "after the stage plan" in output
+    assert f"those of {collected}" in output
+    assert "the end" not in told()[1]
+    code, output = told("--until", "plam")
+    assert (code, "there is no stage 'plam' to stop after; this run has data, collect" in output) == (2, True), output
+    code, output = told("--collected", tmp_path)
+    assert (code, "no similarities to take over: its stage collect is not done" in output) == (2, True), output
