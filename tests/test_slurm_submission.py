@@ -67,6 +67,7 @@ def test_a_sweep_collects_once(config: Path, tmp_path: Path) -> None:
         ({"sweep": "plan.threshold"}, "write KEY=V1,V2"),
         ({"sweep": "plan.keep_layers=4,many"}, "keep_layers"),
         ({"sweep": "plan.keep_layers=4,5", "then": Shape("2")}, "do not go together"),
+        ({"sweep": "plan.threshold=0.9,0.95"}, "plan.keep_layers is a budget, beside which no threshold is heard"),
         ({"sweep": "collect.samples=32,64"}, "are not the same for collect.samples 64: submit a run for each value$"),
         (
             {
