@@ -97,7 +97,7 @@ def our_step(rank: int, size: int, blocks: Any, source: Path, folder: Path) -> A
     from mpruner_dist.data.model_folder import read_config
     from mpruner_dist.models.loading import load_model
     from mpruner_dist.retraining.job import Trainer
-    from mpruner_dist.retraining.settings import DataOrder, training_settings
+    from mpruner_dist.retraining.settings import DataOrder, most_overflows, training_settings
     from mpruner_dist.tasks import TASKS
 
     config = RetrainConfig(
@@ -109,7 +109,7 @@ def our_step(rank: int, size: int, blocks: Any, source: Path, folder: Path) -> A
     model.train()
     engine = make_engine(model, settings, list(model.parameters()))
     worker = Worker(rank, size, rank, size, DEVICE, folder, "retrain")
-    trainer = Trainer(worker, engine, TASKS["causal-lm"], None, config, folder / "ours")
+    trainer = Trainer(worker, engine, TASKS["causal-lm"], None, config, folder / "ours", most_overflows(settings))
     trainer.metrics.begin(0, ())
     order = DataOrder(len(blocks), BATCH, 0)
     predictions = trainer.task.predictions(blocks)

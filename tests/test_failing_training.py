@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from mpruner_dist.checkpoints.export import Exported
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.errors import Fruitless, StageFailure
 from mpruner_dist.retraining import job
+from mpruner_dist.retraining.settings import most_overflows
 from mpruner_dist.tasks import TASKS
 
 
@@ -20,7 +22,7 @@ def trainer_for(folder: Path, applied: bool = True, **options: Any) -> job.Train
     assert config is not None
     engine = SimpleNamespace(was_step_applied=lambda: applied, module=None)
     worker = Worker(0, 1, 0, 1, "cpu", folder, "retrain")
-    return job.Trainer(worker, engine, TASKS["causal-lm"], None, config, folder / "work")
+    return job.Trainer(worker, engine, TASKS["causal-lm"], None, config, folder / "work", 16)
 
 
 def test_a_loss_that_is_not_finite_names_step_blocks_and_the_checkpoint_that_is_left(tmp_path: Path) -> None:
@@ -37,15 +39,34 @@ def test_a_loss_that_is_not_finite_names_step_blocks_and_the_checkpoint_that_is_
 def test_single_overflows_pass_and_a_long_row_does_not(tmp_path: Path, dtype: str, way: str) -> None:
     trainer = trainer_for(tmp_path, applied=False)
     trainer.engine.module = torch.nn.Linear(1, 1, dtype=getattr(torch, dtype))
-    for step in range(job.OVERFLOWS - 1):
+    for step in range(15):
         trainer.check(step, [True], [0])
     trainer.engine.was_step_applied = lambda: True
     trainer.check(15, [True], [0])
     trainer.engine.was_step_applied = lambda: False
-    for step in range(job.OVERFLOWS - 1):
+    for step in range(15):
         trainer.check(step, [True], [0])
     with pytest.raises(StageFailure, match=rf"of 16 steps one after another, up to step 32, overflow {dtype}.*: {way}"):
         trainer.check(31, [True], [0])
+
+
+@pytest.mark.parametrize("given", [{}, {"initial_scale_power": 32}, {"initial_scale_power": 10, "hysteresis": 1},
+                                   {"min_loss_scale": 16, "hysteresis": 4}])  # fmt: skip
+def test_as_many_overflows_pass_as_deepspeed_has_scales(given: dict[str, Any]) -> None:
+    """The next one would be an error of its own, which says nothing of what to do."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    scaler = DynamicLossScaler(
+        init_scale=2 ** given.get("initial_scale_power", 16), min_scale=given.get("min_loss_scale", 1),
+        delayed_shift=given.get("hysteresis", 2), scale_window=1000, raise_error_at_min_scale=True, dtype=torch.half,
+        consecutive_hysteresis=False,
+    )  # fmt: skip
+    with patch("deepspeed.comm.get_rank", lambda: 1):
+        for _ in range(most_overflows({"fp16": {"enabled": True} | given})):
+            scaler.update_scale(overflow=True)
+        assert scaler.cur_scale == given.get("min_loss_scale", 1)
+        with pytest.raises(Exception, match="already at minimum"):
+            scaler.update_scale(overflow=True)
 
 
 def test_training_that_moves_nothing_fails(tmp_path: Path) -> None:

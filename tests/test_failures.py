@@ -24,13 +24,17 @@ def test_what_ray_wraps_is_told_by_its_cause(tmp_path: Path) -> None:
 
 
 def test_a_gpu_that_is_full_is_told_with_what_to_lower(tmp_path: Path) -> None:
-    note = worker_note(tmp_path, "retrain", 1)
-    note.parent.mkdir(exist_ok=True)
-    note.write_text(json.dumps({"host": "n7", "doing": "step 3", "raised": "OutOfMemoryError", "when": 1.0}))
+    for stage in ("retrain", "collect", "plan"):
+        note = worker_note(tmp_path, stage, 1)
+        note.parent.mkdir(exist_ok=True)
+        note.write_text(json.dumps({"host": "n7", "doing": "step 3", "raised": "OutOfMemoryError", "when": 1.0}))
     full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.50 GiB.\nmore")
-    said = r"rank 1 on n7 failed at step 3: CUDA out of memory\. Tried .* GiB\. Lower .*micro_batch_size"
-    with pytest.raises(StageFailure, match=said):
+    said = r"rank 1 on n7 failed at step 3: CUDA out of memory\. Tried .* GiB\. Lower "
+    with pytest.raises(StageFailure, match=f"{said}retrain.micro_batch_size, or evaluate"):
         explain(WorkerGroupError("failed", {1: full}), "retrain", tmp_path, 2, joined=True)
+    for stage, batch in (("collect", "collect.batch_size, or divide"), ("plan", "evaluate.batch_size, or divide")):
+        with pytest.raises(StageFailure, match=said + batch):
+            explain(WorkerGroupError("failed", {1: full}), stage, tmp_path, 2, joined=True)
 
 
 def test_a_worker_without_room_for_its_note_was_not_killed(tmp_path: Path) -> None:

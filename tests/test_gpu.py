@@ -86,10 +86,10 @@ def test_half_precision_with_a_judge_and_a_teacher(
 def test_partitions_in_cpu_memory(settings: dict[str, Any], mpruner: Run, finished: Path, tmp_path: Path) -> None:
     """ZeRO stage 3 with the weights beside the GPU, and in training Adam's moments too."""
     offload: dict[str, Any] = {"device": "cpu", "pin_memory": True}
-    inference = {"zero_optimization": {"stage": 3, "offload_param": offload}}
-    (tmp_path / "inference.json").write_text(json.dumps(inference))
-    training = {"zero_optimization": {"stage": 3, "offload_param": offload, "offload_optimizer": offload}}
-    (tmp_path / "training.json").write_text(json.dumps(training))
+    # as small as they are, they would stay on the GPU
+    zero = {"stage": 3, "offload_param": offload, "stage3_param_persistence_threshold": 0}
+    (tmp_path / "inference.json").write_text(json.dumps({"zero_optimization": zero}))
+    (tmp_path / "training.json").write_text(json.dumps({"zero_optimization": zero | {"offload_optimizer": offload}}))
     settings["cluster"]["deepspeed"] = str(tmp_path / "inference.json")
     settings["retrain"] |= {"zero_stage": 3, "deepspeed": str(tmp_path / "training.json")}
     config, run = write_config(tmp_path / "config.yaml", on_gpu(settings)), tmp_path / "run"

@@ -76,7 +76,26 @@ def test_cpus_of_a_worker_follow_from_the_nodes(
     ],
 )
 def test_gpus_are_taken_where_there_are_enough(settings: dict[str, Any], device: str) -> None:
-    assert choose_device(ClusterConfig(**settings), nodes((8, 0), (8, 2), (8, 2))) == device
+    assert choose_device(ClusterConfig(**settings), nodes((8, 0), (8, 2), (8, 2)), joined=True) == device
+
+
+@pytest.mark.parametrize("usable", [False, True])
+def test_gpus_that_torch_cannot_use_are_not_taken(
+    usable: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with a torch for CPUs, or for a newer driver. Elsewhere on a cluster, torch may be another one."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: usable)
+    monkeypatch.setattr("mpruner_dist.cluster.placement.is_nccl_available", lambda: True)
+    here = nodes((8, 2))
+    assert choose_device(ClusterConfig(workers=2), here, joined=False) == ("cuda" if usable else "cpu")
+    assert ("2 GPU(s) that torch" in caplog.text) == (not usable)
+    assert choose_device(ClusterConfig(workers=2, device="cpu"), here, joined=False) == "cpu"
+    assert choose_device(ClusterConfig(workers=2), here, joined=True) == "cuda"
+    if not usable:
+        with pytest.raises(
+            StageFailure, match=r"cannot use: install a torch for its driver, or set cluster\.device cpu"
+        ):
+            choose_device(ClusterConfig(workers=2, device="cuda"), here, joined=False)
 
 
 @pytest.fixture(scope="module")

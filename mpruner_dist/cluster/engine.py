@@ -28,6 +28,8 @@ def start_deepspeed(device: torch.device) -> None:
     _allow_spaces_in_library_path()
     if device.type == "cpu":
         compile_collective()
+    else:
+        torch.backends.cudnn.allow_tf32 = False  # float32 is float32 in convolutions too, as in matrix products
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
 
 

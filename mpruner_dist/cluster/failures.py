@@ -14,7 +14,8 @@ from mpruner_dist.cluster import preemption
 from mpruner_dist.cluster.worker import end_of_group, worker_note
 from mpruner_dist.errors import MPrunerError, Preempted, StageFailure, first_line
 
-LESS = "evaluate.batch_size, collect.batch_size or retrain.micro_batch_size, whichever this stage goes by"
+BATCHES = {"collect": "collect.batch_size", "retrain": "retrain.micro_batch_size, or evaluate.batch_size"}
+"""By what the batches of a stage are sized; those of all others by evaluate.batch_size alone."""
 NODE_DEATH_S = 60
 """Ray's default settings take less to call a node dead that does not answer."""
 Notes = dict[int, dict[str, Any]]
@@ -74,7 +75,8 @@ def explain(error: TrainingFailedError, stage: str, logs: Path, workers: int, *,
         raise type(cause)(f"{where}: {cause}") from error
     if isinstance(cause, torch.OutOfMemoryError):
         raise StageFailure(
-            f"{where}: {first_line(cause)} Lower {LESS}, or divide the weights (ZeRO stage 3)"
+            f"{where}: {first_line(cause)} Lower {BATCHES.get(stage, 'evaluate.batch_size')}, or divide the weights "
+            "(ZeRO stage 3)"
         ) from error
     lost = _lost_with_its_node(everyone) if joined and isinstance(cause, RuntimeError) else None
     if lost is not None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import torch
 from ray.util import placement_group, remove_placement_group
+from torch.distributed import is_nccl_available
 
 from mpruner_dist.cluster import preemption
 from mpruner_dist.cluster.nodes import Node, Resources, living_nodes
@@ -35,11 +37,29 @@ class Place:
         return {"CPU": self.cpus, "GPU": 1} if self.device == "cuda" else {"CPU": self.cpus}
 
 
-def choose_device(config: ClusterConfig, nodes: list[Node]) -> str:
-    """`cuda` if `auto` is asked for and as many GPUs are there as workers must be, else `cpu`."""
+def choose_device(config: ClusterConfig, nodes: list[Node], joined: bool) -> str:
+    """`cuda` if `auto` is asked for and as many GPUs are there as workers must be, else `cpu`.
+
+    Args:
+        config: how many workers, and the device.
+        nodes: what they have, as Ray sees it.
+        joined: whether the cluster was there before; if not, torch here is what the workers will have.
+
+    Raises:
+        StageFailure: `cuda` is asked for, and torch can use no GPU of this machine.
+    """
+    gpus = sum(int(node.has.get("GPU", 0)) for node in nodes)
+    if config.device != "cpu" and gpus and not joined and not (torch.cuda.is_available() and is_nccl_available()):
+        unusable = (
+            f"this machine has {gpus} GPU(s) that torch {torch.__version__} cannot use: install a torch for its driver"
+        )
+        if config.device == "cuda":
+            raise StageFailure(f"{unusable}, or set cluster.device cpu")
+        log.warning("%s; the workers run on CPUs", unusable)
+        return "cpu"
     if config.device != "auto":
         return config.device
-    least, gpus = config.min_workers or config.workers, sum(int(node.has.get("GPU", 0)) for node in nodes)
+    least = config.min_workers or config.workers
     if 0 < gpus < least:
         log.warning(
             "the workers run on CPUs: %d of them need a GPU each, and there are %d. Lower cluster.workers, or set "
@@ -145,6 +165,8 @@ def _refusal(config: ClusterConfig, place: Place, fit: int, free: Resources | No
     if free is not None:
         has += f"; free in all: {_amounts(free, each)}"
     ways = ["lower cluster.workers or cluster.cpus_per_worker", "add nodes"]
+    if place.device == "cuda" and sum(node.holds({"GPU": 1}) for node in nodes) >= least:
+        ways.append("give each GPU more CPUs (of Slurm: --cpus-per-gpu)")
     if joined:
         ways += ["raise cluster.wait_s", "allow fewer with cluster.min_workers"]
     return (

@@ -220,12 +220,14 @@ class RaySession:
 
     def device(self) -> str:
         """Where workers compute, cpu or cuda: for all stages the same, for a lost node must not take the GPUs away."""
-        self._device = self._device or choose_device(self.config, living_nodes())
+        self._device = self._device or choose_device(self.config, living_nodes(), self._joined())
         return self._device
 
+    def _joined(self) -> bool:
+        return cluster_address(self.config) is not None
+
     def _find_place(self, usable: Usable) -> Place:
-        joined = cluster_address(self.config) is not None
-        return find_place(self.config, self.device(), joined=joined, usable=usable)
+        return find_place(self.config, self.device(), joined=self._joined(), usable=usable)
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]

@@ -28,7 +28,7 @@ class ClusterConfig(Section):
     workers: Positive = 1
     """Processes that share each stage's work, one a GPU."""
     device: Device = "auto"
-    """auto takes GPUs when the cluster has one for each worker, or for each of min_workers."""
+    """auto takes GPUs when the cluster has one for each worker, or for each of min_workers, and torch can use them."""
     min_workers: Positive | None = None
     """Go on with fewer workers, but at least so many, when after `wait_s` no more fit, as after a node was lost. Each
     stage and each restart begins with `workers` again. Without it, all must fit."""

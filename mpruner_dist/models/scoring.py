@@ -45,6 +45,8 @@ def score_part(
     # A warm-up, outside the time: on a GPU kernels are loaded, and memory reserved, for a batch's own shape
     first = batch_rows(0, batch_size, len(part)) if worker.device.type == "cuda" else [0]
     sums = torch.zeros_like(task.tally(*forward(worker, engine, task, part.rows(first))))
+    if worker.device.type == "cuda":  # it has only been told to; a barrier waits for it where there are others
+        torch.cuda.synchronize(worker.device)
     worker.barrier()
     begun = time.monotonic()
     for turn, (batch, counts) in enumerate(turns_of(range(batches), worker.rank, worker.world_size)):

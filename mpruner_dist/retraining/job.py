@@ -30,14 +30,12 @@ from mpruner_dist.retraining.hidden import HiddenStates, logits_and_states
 from mpruner_dist.retraining.losses import mixed_loss
 from mpruner_dist.retraining.metrics import Metrics
 from mpruner_dist.retraining.preparation import prepare_model, share_normalisations, trainable
-from mpruner_dist.retraining.settings import DataOrder, hidden_size, training_settings
+from mpruner_dist.retraining.settings import DataOrder, hidden_size, most_overflows, training_settings
 from mpruner_dist.retraining.teacher import Teacher, make_teacher
 from mpruner_dist.runs.commit import commit_folder, write_json
 from mpruner_dist.tasks import Batch, Task, task_of
 
 EXPORTED = "exported.json"
-OVERFLOWS = 16
-"""Steps one after another that float16 may skip while DeepSpeed looks for a scale: it begins at 2^16 and halves."""
 
 
 def retrain_job(worker: Worker, spec: dict[str, Any]) -> None:
@@ -68,7 +66,9 @@ def retrain_job(worker: Worker, spec: dict[str, Any]) -> None:
     if unasked:
         worker.say(f"the model does not ask for {len(unasked)} tensors, such as {unasked[0]}: they stay as they are")
     engine = make_engine(model, loading_settings(found, settings), trainable(model))
-    trainer = Trainer(worker, engine, task_of(config.model), teacher, retrain, Path(spec["work"]))
+    trainer = Trainer(
+        worker, engine, task_of(config.model), teacher, retrain, Path(spec["work"]), most_overflows(settings)
+    )
     trainer.run(load_part(spec["train"]), load_part(spec["validation"]), config.evaluate.batch_size, found)
     engine.empty_partition_cache()  # under ZeRO stage 3 a forward pass may have left weights on their way
     target = Path(spec["target"])
@@ -94,9 +94,10 @@ class Trainer:
         teacher: Teacher | None,
         config: RetrainConfig,
         work: Path,
+        most_overflows: int,
     ) -> None:
         self.worker, self.engine, self.task, self.teacher, self.config = worker, engine, task, teacher, config
-        self.work = work
+        self.work, self.most_overflows = work, most_overflows
         self.metrics = Metrics(work, worker.is_first)
         self.hidden: HiddenStates | None = None
         if config.distillation is not None and config.distillation.hidden_weight:
@@ -187,7 +188,7 @@ class Trainer:
                 f"retrain.learning_rate, or set model.dtype bfloat16 or float32; {kept}"
             )
         self.skipped = 0 if self.engine.was_step_applied() else self.skipped + 1
-        if self.skipped >= OVERFLOWS:
+        if self.skipped >= self.most_overflows:
             dtype = str(next(self.engine.module.parameters()).dtype).removeprefix("torch.")
             way = (
                 "set model.dtype bfloat16 or"

@@ -1,5 +1,6 @@
 """The DeepSpeed configuration of retraining, and which sequences each worker sees in which step."""
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -93,6 +94,17 @@ def _schedule(kind: str, config: RetrainConfig) -> Settings:
     if kind == "WarmupLR":
         return {**warmup, **rates}
     return {**warmup, **rates, "total_num_steps": config.steps} if kind == "WarmupDecayLR" else {}
+
+
+def most_overflows(settings: Settings) -> int:
+    """Steps one after another that float16 may skip while DeepSpeed looks for a scale of the loss.
+
+    It begins at 2^initial_scale_power and, after as many overflows as `hysteresis` says, halves down to min_loss_scale;
+    at the next one it raises an error of its own (runtime/fp16/loss_scaler.py). A scale that is given stays.
+    """
+    given = settings.get("fp16", {})
+    halvings = float(given.get("initial_scale_power", 16)) - math.log2(given.get("min_loss_scale", 1) or 1)
+    return max(1, int(halvings) + int(given.get("hysteresis", 2)) - 1)
 
 
 @lru_cache(maxsize=4)

@@ -19,6 +19,7 @@ from mpruner_dist.errors import StageFailure, UserError
 from mpruner_dist.models.blocks import activations_per_token
 from mpruner_dist.models.engines import forward_settings, inference_engine
 from mpruner_dist.models.stacks import series_of_blocks
+from mpruner_dist.similarity.hsic import AT_ONCE
 from mpruner_dist.similarity.samples import Samples, draw_samples
 from mpruner_dist.similarity.sums import BatchSums, Terms, join_series
 from mpruner_dist.similarity.tap import BatchStatistics, LayerTap
@@ -159,6 +160,8 @@ class Collection:
         tokens = collect.batch_size * sum(mask.shape[1] for mask in self.part.masks())
         layers = sum(tap.layers for tap in self.taps)
         a_batch = tokens * activations_per_token(block) * width + layers * collect.samples**2 * 8
+        if self.worker.device.type == "cuda":
+            a_batch += 2 * AT_ONCE * width  # what layers were given and made, until some are measured together
         free, _ = free_memory(self.worker.device, self.worker.local_workers)
         room = ROOM * free - GATHERED_PARAMETERS * width
         turns = -(-collect.num_batches // self.worker.world_size)

@@ -60,7 +60,8 @@ class BatchStatistics:
         if self.waiting and [one.shape for one in self.waiting[0]] != [inputs_ND.shape, outputs_ND.shape]:
             self._measure()
         self.waiting.append((inputs_ND, outputs_ND))
-        if len(self.waiting) >= layers_at_once(outputs_ND.numel(), outputs_ND.device):
+        numbers = max(outputs_ND.numel(), len(outputs_ND) ** 2)  # of the features, and of their Gram matrix
+        if len(self.waiting) >= layers_at_once(numbers, outputs_ND.device):
             self._measure()
 
     def terms(self) -> dict[str, Tensor]:
