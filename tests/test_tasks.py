@@ -5,9 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from conftest import make_idle_layers, write_config
+from ranks import on_ranks
 
-from mpruner_dist.config import Config, TaskConfig
+from mpruner_dist.cluster.settings import inference_settings
+from mpruner_dist.config import Config, ModelConfig, TaskConfig
 from mpruner_dist.errors import UserError
 from mpruner_dist.evaluation.extras import require_extras
 from mpruner_dist.evaluation.tasks import read_value, run_task
@@ -84,6 +88,43 @@ def test_packages_that_are_missing_are_named_before_anything_begins(
     assert not (tmp_path / "run").exists()
 
 
+def one_rank_ends_earlier(folder: Path) -> None:
+    """On each of two ranks, the weights divided among them; to the second every word is the end of a text."""
+    from mpruner_dist.models.engines import inference_engine
+
+    zero = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    model = ModelConfig(path=str(folder / "model"))
+    engine = inference_engine(inference_settings(zero, 3, "float32"), folder / "model", model, lambda _: None)
+    rank = torch.distributed.get_rank()
+    if rank == 1:
+        engine.module.generation_config.eos_token_id = list(range(128))
+    task = TaskConfig(name="say", metric="exact_match", folder=folder / "tasks")
+    found = run_task(engine, folder / "model", task, 2, trust_remote_code=False)
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    assert "generate" not in vars(engine.module)
+
+
+def test_texts_that_end_earlier_on_one_worker_do_not_leave_the_others_waiting(tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    (tmp_path / "model").symlink_to(tiny / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny / "model").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny / "model")
+    rows = []
+    for number in range(4):
+        ids = tokenizer(f"w{number} w{number + 1}", return_tensors="pt").input_ids
+        said = model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+        rows.append({"question": f"w{number} w{number + 1}", "answer": tokenizer.decode(said)})
+    write_rows(tmp_path / "tasks", "say", rows, (
+        "output_type: generate_until\ndoc_to_text: question\ndoc_to_target: answer\n"
+        "generation_kwargs: {until: [], max_gen_toks: 5, do_sample: false}\n"
+        "metric_list:\n- {metric: exact_match, aggregation: mean, higher_is_better: true}\n"
+    ))  # fmt: skip
+    on_ranks(2, one_rank_ends_earlier, tmp_path)
+    values = [json.loads((tmp_path / f"{rank}.json").read_text()).get("task") for rank in range(2)]
+    assert values[0] == 1.0
+    assert values[1] in (0.0, None)
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_a_whole_loop(settings: dict[str, Any], mpruner: Any, tmp_path: Path) -> None:
@@ -132,12 +173,18 @@ def test_a_whole_loop(settings: dict[str, Any], mpruner: Any, tmp_path: Path) ->
 
 def write_task(folder: Path) -> None:
     """A multiple-choice task of the harness over words of the tokenizer."""
-    folder.mkdir()
     rows = [{"question": f"w{n} w{n + 1}", "choices": [f"w{n + 2}", f"w{n + 3}"], "answer": n % 2} for n in range(6)]
-    (folder / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "quiz.yaml").write_text(
-        "task: quiz\ndataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{test: {json.dumps(str(folder / 'quiz.jsonl'))}}}}}\n"
-        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: question\ndoc_to_choice: choices\n"
-        "doc_to_target: answer\nmetric_list:\n- {metric: acc, aggregation: mean, higher_is_better: true}\n"
+    write_rows(folder, "quiz", rows, (
+        "output_type: multiple_choice\ndoc_to_text: question\ndoc_to_choice: choices\ndoc_to_target: answer\n"
+        "metric_list:\n- {metric: acc, aggregation: mean, higher_is_better: true}\n"
+    ))  # fmt: skip
+
+
+def write_rows(folder: Path, name: str, rows: list[dict[str, Any]], settings: str) -> None:
+    folder.mkdir()
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / f"{name}.yaml").write_text(
+        f"task: {name}\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {json.dumps(str(folder / f'{name}.jsonl'))}}}}}\n"
+        f"test_split: test\n{settings}"
     )

@@ -3,7 +3,9 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +49,34 @@ def run_task(engine: Any, folder: Path, task: TaskConfig, batch_size: int, trust
         backend="causal",
         batch_size=batch_size,
     )
-    found = lm_eval.simple_evaluate(
-        model=model,
-        tasks=[task.name],
-        num_fewshot=task.fewshot,
-        limit=task.limit,
-        task_manager=manager,
-        bootstrap_iters=0,
-        log_samples=False,
-    )
+    with generating_together(engine):
+        found = lm_eval.simple_evaluate(
+            model=model,
+            tasks=[task.name],
+            num_fewshot=task.fewshot,
+            limit=task.limit,
+            task_manager=manager,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
     return {} if found is None else read_value(found, task)
+
+
+@contextmanager
+def generating_together(engine: Any) -> Iterator[None]:
+    """Inside, where weights are divided, a worker whose text has ended takes part until those of all others have.
+
+    Each generates the same; but one that rounds otherwise may find an end earlier, and the others would wait for it.
+    """
+    if not engine.zero_optimization_partition_weights():
+        yield
+        return
+    model = engine.module
+    model.generate = partial(model.generate, synced_gpus=True)
+    try:
+        yield
+    finally:
+        del model.generate
 
 
 def read_value(found: Any, task: TaskConfig) -> dict[str, Any]:
