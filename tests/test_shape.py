@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from mpruner_dist.cluster.shape import choose_shape, free_memory
+from mpruner_dist.cluster.shape import choose_shape, free_memory, require_room_to_load
 from mpruner_dist.errors import StageFailure
 
 GB = 10**9
@@ -42,6 +42,14 @@ def test_the_quickest_shape_that_fits(
 def test_nothing_fits(weights: int, workers: int, free: int, beside: int | None) -> None:
     with pytest.raises(StageFailure, match=rf"does not fit: the weights take {weights}.0 GB.*more workers.*nvme"):
         choose_shape(tensors(weights), 2, workers, free * GB, beside * GB if beside else None)
+
+
+def test_replicas_to_train_are_not_loaded_where_there_is_no_room() -> None:
+    require_room_to_load(28 * GB, 8, None)  # on CPUs they stay where they are loaded
+    require_room_to_load(28 * GB, 1, 25 * GB)
+    require_room_to_load(28 * GB, 8, 40 * GB)
+    with pytest.raises(StageFailure, match=r"28\.0 GB, .* 25\.0 GB are free for it: set retrain\.zero_stage 3"):
+        require_room_to_load(28 * GB, 8, 25 * GB)
 
 
 def test_pinned_memory_is_counted_as_torch_reserves_it() -> None:

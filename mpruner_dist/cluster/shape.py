@@ -46,9 +46,7 @@ def choose_shape(
     if logits:
         free -= logits
         here, less = f"{here}, {_bytes(logits)} of them for the logits of a batch", "a smaller evaluate.batch_size, "
-    # each worker loads its replica through CPU memory
-    loads = free_beside is None or workers == 1 or weights <= ROOM * free_beside
-    if weights <= ROOM * free and loads:
+    if weights <= ROOM * free and can_load(weights, workers, free_beside):
         return Shape(0, False, f"a replica on each worker: the weights take {_bytes(weights)}, {here}")
     part = -(-weights // workers)
     gathered = min(weights, GATHERED_PARAMETERS * width)
@@ -67,6 +65,24 @@ def choose_shape(
         f"the model does not fit: {needed}, {here}. Use {less}more workers or more memory, or name a DeepSpeed "
         "configuration with offload_param to nvme under cluster.deepspeed"
     )
+
+
+def can_load(weights: int, workers: int, free_beside: int | None) -> bool:
+    """Whether workers on GPUs have room for a replica each in the CPU memory through which they load it; see above."""
+    return free_beside is None or workers == 1 or weights <= ROOM * free_beside
+
+
+def require_room_to_load(weights: int, workers: int, free_beside: int | None) -> None:
+    """Refuse replicas that would be killed while they are loaded.
+
+    Raises:
+        StageFailure: with the stage that loads each worker's part alone.
+    """
+    if not can_load(weights, workers, free_beside):
+        raise StageFailure(
+            f"each worker would load all weights, {_bytes(weights)}, through CPU memory, of which "
+            f"{_bytes(free_beside or 0)} are free for it: set retrain.zero_stage 3, which divides them"
+        )
 
 
 def free_memory(device: torch.device, local_workers: int) -> tuple[int, int | None]:

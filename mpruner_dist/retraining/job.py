@@ -12,6 +12,8 @@ import torch
 from mpruner_dist.checkpoints.export import Exported, export_weights
 from mpruner_dist.checkpoints.folder import read_checkpoint
 from mpruner_dist.cluster.engine import gathered, make_engine, start_deepspeed
+from mpruner_dist.cluster.settings import zero_stage
+from mpruner_dist.cluster.shape import free_memory, require_room_to_load
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import Config, RetrainConfig
 from mpruner_dist.data.parts import Part, load_part
@@ -49,7 +51,7 @@ def retrain_job(worker: Worker, spec: dict[str, Any]) -> None:
     Raises:
         UserError: a checkpoint of another run.
         Fruitless: a loss or a weight that is not finite, or no weight that moved.
-        StageFailure: a frozen weight that moved, a full disk.
+        StageFailure: no room to load replicas, a frozen weight that moved, a full disk.
         Preempted: a signal came; a checkpoint is saved.
     """
     config: Config = spec["config"]
@@ -58,6 +60,11 @@ def retrain_job(worker: Worker, spec: dict[str, Any]) -> None:
     pruned = read_checkpoint(Path(spec["pruned"]))
     width = hidden_size(pruned.config)
     settings = training_settings(spec["deepspeed"], retrain, config.model.dtype, worker.world_size, width)
+    if zero_stage(settings) != 3:
+        _, beside = free_memory(worker.device, worker.local_workers)
+        [least] = worker.least_over_workers(beside or 0)
+        size = pruned.num_parameters * getattr(torch, config.model.dtype).itemsize
+        require_room_to_load(size, worker.world_size, None if beside is None else least)
     found = find_checkpoint(worker, Path(spec["work"]), settings)
     teacher = make_teacher(worker, settings, config, spec)
     model = load_for(settings, pruned.path, config.model, worker.log)
