@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from mpruner_dist.cluster import look
+
 Mpruner = Callable[..., tuple[int, str]]
 
 
@@ -70,6 +72,15 @@ def test_env_tells_how_gpus_are_linked(mpruner: Mpruner, tmp_path: Path) -> None
     assert "NV18" in gpus["links"]
 
 
+def test_nvcc_is_looked_for_where_torch_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    assert not look.tools(str(tmp_path))[look.NVCC]
+    (tmp_path / "cuda/bin").mkdir(parents=True)
+    make_command(tmp_path / "cuda/bin", "nvcc", "true")
+    assert look.tools(str(tmp_path))[look.NVCC]
+
+
 @pytest.mark.ray
 def test_doctor_finds_this_machine_well(mpruner: Mpruner, tmp_path: Path) -> None:
     code, output = mpruner("doctor", "--device", "cpu", "--run-dir", tmp_path / "run")
@@ -77,7 +88,7 @@ def test_doctor_finds_this_machine_well(mpruner: Mpruner, tmp_path: Path) -> Non
     for pattern in (
         r"^ok      Ray: started on this machine: 1 node",
         rf"^ok      nodes: all 1 read and wrote {tmp_path / 'run'}",
-        r"^ok      compiler: a C\+\+ compiler, ninja and Python's headers on all 1 node",
+        r"^ok      compiler: a C\+\+ compiler, ninja, Python's headers on all 1 node",
         rf"^ok      all-reduce: 64 MB over 2 workers \(cpu\) on {os.uname().nodename}: the sum is right, \d+\.\d+ GB/s",
         r"^ok      training: a step under ZeRO stage 3 moved the weights as torch alone would, within \de-\d+, on all",
     ):

@@ -18,6 +18,7 @@ from typing import Any
 
 PACKAGES = ("torch", "ray", "deepspeed", "transformers")
 WEIGHTS = (".safetensors", ".bin", ".json")
+NVCC = "CUDA's compiler (nvcc)"
 PATIENCE_S = 5.0
 """So long may a network file system take to show what another machine wrote."""
 
@@ -106,8 +107,10 @@ def tools(interpreter_folder: str) -> dict[str, bool]:
     path = os.pathsep.join([interpreter_folder, os.environ.get("PATH", os.defpath)])
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+    cuda = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"  # as torch looks for it
     return {
         "a C++ compiler (c++)": shutil.which(compiler, path=path) is not None,
         "ninja": shutil.which("ninja", path=path) is not None,
         "Python's headers (Python.h)": headers.is_file(),
+        NVCC: shutil.which("nvcc", path=os.pathsep.join([str(cuda), path])) is not None,
     }

@@ -108,13 +108,15 @@ class _Trial:
         """DeepSpeed compiles its collective for CPUs; on GPUs only what the user's JSON asks for."""
         said, wrong = on_each(working_nodes(), look.tools, lambda _: (str(Path(sys.executable).parent),), DEADLINE_S)
         lacking = [f"{node} {problem}" for node, problem in wrong.items()]
+        on_gpus = self.session.device() == "cuda"
         for node, tools in said.items():
-            missing = [tool for tool, there in tools.items() if not there]
+            missing = [tool for tool, there in tools.items() if not there and (on_gpus or tool != look.NVCC)]
             lacking += [f"{node} lacks {', '.join(missing)}"] if missing else []
         if not lacking:
-            return f"a C++ compiler, ninja and Python's headers on all {len(said)} node(s)"
-        if self.session.device() == "cuda":
-            return f"{'; '.join(lacking)}: needed only for DeepSpeed's own optimizers and for offloading"
+            nvcc = ", nvcc" if on_gpus else ""
+            return f"a C++ compiler, ninja, Python's headers{nvcc} on all {len(said)} node(s)"
+        if on_gpus:
+            return f"{'; '.join(lacking)}: needed only for DeepSpeed's own optimizers and for NVMe"
         raise StageFailure(
             f"{'; '.join(lacking)}: DeepSpeed compiles its collective for CPUs with them; install them there (Debian: "
             "g++ python3-dev; pip: ninja)"
