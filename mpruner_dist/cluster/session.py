@@ -174,7 +174,7 @@ class RaySession:
                 _repeat(said(logs, stage))
                 return
             except TrainingFailedError as error:
-                lost = explain(error, stage, logs, place.workers, joined=cluster_address(self.config) is not None)
+                lost = explain(error, stage, logs, place.workers, joined=self._joined())
                 # A worker that dies while the group starts leaves its resources reserved; leaving Ray frees them.
                 ray.shutdown()
                 if attempt == self.config.max_restarts:

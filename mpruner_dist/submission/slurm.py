@@ -98,14 +98,14 @@ def plan_submissions(
     key, equals, values = sweep.partition("=")
     if not equals or not all(values.split(",")):
         raise UserError(f"--sweep {sweep}: write KEY=V1,V2, such as plan.threshold=0.95,0.98")
-    plan = load_config(config, overrides).plan
+    asked = load_config(config, overrides)
     for budget in ("keep_layers", "target_parameters"):
-        if key == "plan.threshold" and getattr(plan, budget) is not None:
+        if key == "plan.threshold" and getattr(asked.plan, budget) is not None:
             raise UserError(
                 f"--sweep {sweep}: plan.{budget} is a budget, beside which no threshold is heard: sweep plan.{budget}, "
                 f"or give --set plan.{budget}=null"
             )
-    measured = _what_is_measured(load_config(config, overrides))
+    measured = _what_is_measured(asked)
     for value in values.split(","):
         if _what_is_measured(load_config(config, [*overrides, f"{key}={value}"])) != measured:
             remedy = "submit a run for each value" + (", or set collect.until all" if key.startswith("plan.") else "")
