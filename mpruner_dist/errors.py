@@ -21,6 +21,10 @@ class UserError(MPrunerError):
     exit_code = 2
 
 
+class NoneFits(UserError):
+    """A plan that removes so many layers, or just these, is not as it must be; another may be."""
+
+
 class StageFailure(MPrunerError):
     """A stage could not finish although its input is right: a full disk, a lost worker, a failed proof."""
 

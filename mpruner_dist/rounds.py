@@ -12,7 +12,8 @@ from typing import Any
 
 from mpruner_dist.config import CLUSTERED, Config, RoundsConfig
 from mpruner_dist.config.task import IN_PERCENT, LESS_IS_BETTER
-from mpruner_dist.errors import Fruitless, UserError
+from mpruner_dist.errors import Fruitless, NoneFits, UserError
+from mpruner_dist.plan import Plan
 from mpruner_dist.planning.budget import protected_layers
 from mpruner_dist.reporting.table import value_text
 from mpruner_dist.road import Road
@@ -68,25 +69,26 @@ def prune_in_rounds(road: Road, again: bool = False) -> None:
         stacks = len(current.stacks())
         if history and (stop := _too_few(current, len(base.layers))):
             break
-        _walk(current, ["plan"])
-        plan = current.plan()
-        if not plan.dropped:
-            stop = "no layers are alike enough: every cluster is a single layer"
+        no_plan = _came_to_nothing(current, "plan")
+        if not no_plan and not current.plan().dropped:
+            stop = _why_none_go(current.plan())
             break
+        kept = base.layers if no_plan else [base.layers[layer] for layer in current.plan().kept]
         entry: dict[str, Any] = {
             "round": number, "folder": current.folder.path.name, "base": base.round, "stride": stride,
-            "removed": [base.layers[layer] for layer in plan.dropped],
-            "kept": [base.layers[layer] for layer in plan.kept],
+            "removed": [layer for layer in base.layers if layer not in kept], "kept": kept, "accepted": False,
         }  # fmt: skip
-        if (base.round, plan.kept) in rejected:
-            entry |= {"accepted": False, "why": "the plan is that of a round that was rolled back"}
+        if no_plan:
+            entry["why"] = no_plan
+        elif (base.round, kept) in rejected:
+            entry["why"] = "the plan is that of a round that was rolled back"
         else:
             entry |= _measure(current, config, original)
         history.append(entry)
         if entry["accepted"]:
             base = Base(number, str(current.result), entry["kept"])
         else:
-            rejected.append((base.round, plan.kept))
+            rejected.append((base.round, kept))
             stride += 1
         log.info("round %d  %s: %s", number, "accepted" if entry["accepted"] else "rolled back", entry["why"])
         _write(road, config, original, history, "")
@@ -153,14 +155,32 @@ def round_config(config: Config, base: Base, stride: int) -> Config:
     return config.model_copy(update={"plan": plan, "model": model})
 
 
+def _came_to_nothing(road: Road, stage: str) -> str:
+    """Make a stage of a round; why nothing came of it, which is not tried again, or "" if it is done."""
+    try:
+        # a gate, which is quick, may be made anew: the baseline was, when the evaluation was asked for otherwise
+        _walk(road, [stage], again=stage == "gate")
+    except (Fruitless, NoneFits) as error:
+        road.folder.give_up(stage, str(error))
+        return str(error)
+    return ""
+
+
+def _why_none_go(plan: Plan) -> str:
+    """Why a plan removes nothing."""
+    if any(len(cluster) > 1 for cluster in plan.clusters):
+        return (
+            "the layers that are alike always stay, by the stride, by plan.protect_first, plan.protect_last or as the "
+            "first of a stack"
+        )
+    return "no layers are alike enough: every cluster is a single layer"
+
+
 def _measure(road: Road, config: RoundsConfig, original: dict[str, Any]) -> dict[str, Any]:
-    """Rewrite, retrain and measure what the plan leaves, and decide; what came to nothing is not tried again."""
+    """Rewrite, retrain and measure what the plan leaves, and decide."""
     for stage in ("rewrite", *(["retrain"] if road.config.retrain is not None else []), "gate"):
-        try:
-            _walk(road, [stage])
-        except Fruitless as error:
-            road.folder.give_up(stage, str(error))
-            return {"accepted": False, "why": str(error)}
+        if why := _came_to_nothing(road, stage):
+            return {"accepted": False, "why": why}
     candidate = json.loads((road.folder / "gate.json").read_text())["candidate"]
     share = of_a_share(config, original)
     change = candidate[config.metric] - original[config.metric]
@@ -250,7 +270,7 @@ def _walk(road: Road, names: list[str], again: bool = False) -> None:
     for name in names:
         inputs, outputs, make = (STEPS | ROUND_STEPS)[name](road)
         anew = "make it anew here with the same options: mpruner evaluate CONFIG"
-        remedy = f"delete {road.folder.path} and run again" if road.run else anew
+        remedy = f"delete {road.folder.path} and the rounds after it, and run again" if road.run else anew
         road.folder.stage(name, inputs, outputs, make, remedy=remedy, replace=again)
 
 

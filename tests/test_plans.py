@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpruner_dist.config import PlanConfig
-from mpruner_dist.errors import StageFailure, UserError
+from mpruner_dist.errors import NoneFits, StageFailure, UserError
 from mpruner_dist.planning.clusters import (
     CLUSTERINGS,
     chain_clusters,
@@ -166,7 +166,7 @@ def test_the_angular_window_turns_the_states_least() -> None:
     assert plan.reasons["3"] == {"angular_distance_of_the_window": 0.1}
     assert nearest_window(angles, 0, set()) == []
     angles[2, 5] = np.nan
-    with pytest.raises(UserError, match=r"keep_layers: no 3 consecutive layers with a known distance go without"):
+    with pytest.raises(NoneFits, match=r"keep_layers: no 3 consecutive layers with a known distance go without"):
         make_plan(random_cka(0, 6), config.model_copy(update={"keep_layers": 3, "protect_first": 2}), angular=angles)
     with pytest.raises(UserError, match="needs the angular distances"):
         make_plan(random_cka(0, 6), config)
@@ -210,6 +210,15 @@ def test_parameters_count_for_every_method() -> None:
             random_cka(0, 5), config.model_copy(update={"target_parameters": 60, "method": "greedy"}),
             losses=some_losses(5), parameters=sizes, other_parameters=30,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["greedy", "search"])
+def test_one_layer_stays_even_where_another_was_to(method: str) -> None:
+    """The first, which alone is small enough, costs least."""
+    config = PlanConfig(method=method, target_parameters=15, protect_first=0, protect_last=0)
+    losses = Losses(lambda pairs: [float(0 in kept) + 1 for kept, _ in pairs], TOKENS, 4)
+    with pytest.raises(UserError, match="15 cannot be met: with 1 of 4 layers the model still has 40 parameters"):
+        make_plan(random_cka(0, 4), config, losses=losses, parameters=[10, 40, 40, 40], other_parameters=0)
 
 
 def test_greedy_takes_the_least_loss_at_each_step_and_tells_it() -> None:

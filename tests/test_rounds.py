@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from round_loop import DEPTH, decisions, make_config
 
-from mpruner_dist import pipeline
+from mpruner_dist import pipeline, rounds
 from mpruner_dist.config import Config
-from mpruner_dist.errors import Fruitless, Preempted, StageFailure, UserError
+from mpruner_dist.errors import Fruitless, NoneFits, Preempted, StageFailure, UserError
 from mpruner_dist.reporting.rounds import round_rows, rounds_figure, rounds_summary
 from mpruner_dist.reporting.status import status_of_rounds
 from mpruner_dist.runs.folder import RunFolder, open_run
@@ -102,6 +102,42 @@ def test_a_round_whose_training_comes_to_nothing_is_rolled_back_and_not_trained_
     assert trained == ["retrain"]
 
 
+@pytest.mark.parametrize("stage", ["plan", "rewrite"])
+def test_a_round_whose_plan_the_model_cannot_take_is_rolled_back(loop: Any, stage: str) -> None:
+    """With a pattern to keep, an odd number of layers may not do where an even one does."""
+    made = loop(tolerance=0.5, max_rounds=3)
+    content = made.content
+
+    def refuse(name: str, road: Any) -> Any:
+        if name == stage and road.folder.path.name == "round-02":
+            raise NoneFits("no 4 layers keep the pattern of kinds")
+        return content(name, road)
+
+    made.content = refuse
+    record = made.run()
+    assert decisions(record) == [(7, 0, 1, True), (7 if stage == "plan" else 4, 1, 1, False), (5, 1, 2, True)]
+    assert record["rounds"][1]["why"] == "no 4 layers keep the pattern of kinds"
+    assert round_rows(record)[1][3:5] == (("", "7") if stage == "plan" else ("3, 7, 11", "4"))
+    assert "<svg" in rounds_figure(record)
+    assert made.run() == record
+
+
+def test_when_the_evaluation_is_asked_for_otherwise_only_the_gates_are_made_anew(loop: Any) -> None:
+    made = loop(tolerance=0.06, max_rounds=2)
+    record = made.run()
+    step = rounds.ROUND_STEPS["gate"]
+
+    def with_batches_of_two(road: Any) -> Any:
+        inputs, outputs, make = step(road)
+        return inputs | {"evaluate": {"batch_size": 2}}, outputs, make
+
+    rounds.ROUND_STEPS["gate"] = with_batches_of_two
+    made.made.clear()
+    again = made.run()
+    assert made.made == ["round-01 gate", "round-02 gate"]
+    assert decisions(again) == decisions(record)
+
+
 def test_a_round_whose_model_has_no_finite_loss_is_rolled_back_without_retraining_too(loop: Any) -> None:
     made = loop(tolerance=0.5, max_rounds=1)
     made.config = made.config.model_copy(update={"retrain": None})
@@ -160,6 +196,15 @@ def test_clusters_of_single_layers_end_it(loop: Any) -> None:
     record = made.run()
     assert decisions(record) == [(11, 0, 1, True)]
     assert record["stopped"] == "no layers are alike enough: every cluster is a single layer"
+
+
+def test_layers_that_are_alike_and_always_stay_end_it(loop: Any) -> None:
+    made = loop(max_rounds=1)
+    made.plan = lambda depth, plan: []
+    content = made.content
+    alike = {"clusters": [[10, 11]]}
+    made.content = lambda name, road: content(name, road) | (alike if name == "plan" else {})
+    assert made.run()["stopped"].startswith("the layers that are alike always stay, by the stride, by plan.protect")
 
 
 def test_a_plan_that_was_rolled_back_is_not_trained_again(loop: Any) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mpruner_dist.config import PlanConfig
-from mpruner_dist.errors import UserError
+from mpruner_dist.errors import NoneFits, UserError
 from mpruner_dist.plan import read_plan
 from mpruner_dist.planning.proposals import Proposal
 
@@ -47,10 +47,6 @@ def require_budget(config: PlanConfig, stacks: Sequence[int], parameters: Sequen
                 f"{budget.left([])} parameters, so that none would go"
             )
         budget.free()
-
-
-class NoneFits(UserError):
-    """No plan that removes so many layers is as it must be; one that removes more may be."""
 
 
 class Budget:
@@ -131,7 +127,7 @@ class Budget:
                 proposal = propose(remove)
             except ValueError as error:
                 if keep is not None:
-                    raise UserError(f"plan.keep_layers: {error}") from error
+                    raise NoneFits(f"plan.keep_layers: {error}") from error
                 break  # nor can more go
             except NoneFits as error:
                 if keep is not None:

@@ -9,9 +9,9 @@ import numpy as np
 
 from mpruner_dist.config import PlanConfig
 from mpruner_dist.config.plan import JUDGED
-from mpruner_dist.errors import UserError
+from mpruner_dist.errors import NoneFits, UserError
 from mpruner_dist.plan import Plan, by_stack, nearest_matching, read_plan
-from mpruner_dist.planning.budget import Budget, NoneFits, protected_layers
+from mpruner_dist.planning.budget import Budget, protected_layers
 from mpruner_dist.planning.clusters import apart, stack_starts
 from mpruner_dist.planning.greedy import greedy
 from mpruner_dist.planning.losses import Losses
@@ -113,8 +113,12 @@ def _within(
         raise UserError(f"method {config.method} needs the losses of plans, and there is nothing that measures them")
     free = budget.free()
     if config.method == "greedy":
-        return greedy(losses, free, budget.is_met)
-    return search(losses, free, budget.is_met, config.passes, _proposals(budget, measured))
+        proposal = greedy(losses, free, budget.is_met)
+    else:
+        proposal = search(losses, free, budget.is_met, config.passes, _proposals(budget, measured))
+    if len(proposal.dropped) > budget.most:  # of layers of several sizes the one that had to stay has gone
+        raise budget.missed(proposal.dropped[: budget.most])
+    return proposal
 
 
 def _proposals(budget: Budget, measured: Similarities) -> list[list[int]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpruner_dist.data.model_folder import CONFIG_ERRORS
-from mpruner_dist.errors import UserError
+from mpruner_dist.errors import NoneFits, UserError
 from mpruner_dist.models.config_fields import STATES_OF_VISION, moved_state, shrink_fields
 from mpruner_dist.models.loading import empty_model
 from mpruner_dist.models.signature import Signature, differences, signatures
@@ -35,13 +35,13 @@ def shrink(whole: Skeleton, kept: Kept, trust_remote_code: bool = False) -> Skel
     Every block must be what its original was, everything else what it was.
 
     Raises:
-        UserError: the configuration cannot say so; with what is wrong, and the nearest layers that could be kept.
+        NoneFits: the configuration cannot say so; with what is wrong, and the nearest layers that could be kept.
     """
     try:
         return _shrink(whole, kept, trust_remote_code)
     except UserError as error:
         nearest = _nearest(whole, kept, trust_remote_code)
-        raise UserError(f"{error}{nearest}") from None
+        raise NoneFits(f"{error}{nearest}") from None
 
 
 def _shrink(whole: Skeleton, kept: Kept, trust_remote_code: bool) -> Skeleton:
