@@ -68,7 +68,7 @@ def test_the_result_tells_of_the_stacks_of_the_original(tmp_path: Path) -> None:
     rewrite_checkpoint(tmp_path / "model", tmp_path / "at once", Plan.keeping(9, kept))
     maps = [json.loads((tmp_path / name / "layer_map.json").read_text()) for name in ("run/pruned", "at once")]
     assert maps[0]["stacks"]["decoder.block"] == {"old_to_new": {"0": 0, "3": 1}, "new_to_old": [0, 3]}
-    assert all(layers.pop("request") for layers in maps)
+    assert maps[1].pop("request")  # of one rewrite, which the result of rounds is not
     assert maps[0] == maps[1]
     assert compare_logits(tmp_path / "run/pruned", tmp_path / "model") < 1e-5
 

@@ -21,6 +21,7 @@ from mpruner_dist.checkpoints.stored import stored_safetensors
 from mpruner_dist.errors import StageFailure, UserError
 from mpruner_dist.models.blocks import skipped
 from mpruner_dist.models.stacks import run_blocks
+from mpruner_dist.rewriting.finished import forget_request
 from mpruner_dist.rewriting.proof import compare_logits, verify_checkpoint
 from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
 
@@ -261,6 +262,23 @@ def test_a_target_that_holds_the_source_is_refused(tiny: Path, tmp_path: Path) -
     with pytest.raises(UserError, match="holds the source"):
         rewrite_checkpoint(tmp_path / "all" / "model", tmp_path / "all", [0, 7])
     assert (tmp_path / "all" / "model" / "config.json").exists()
+
+
+def test_with_another_tokenizer_it_is_another_rewrite(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    for template in ("one", "two"):
+        (tmp_path / "model/chat_template.jinja").write_text(template)
+        rewrite_checkpoint(tmp_path / "model", tmp_path / "small", [0, 7])
+        assert (tmp_path / "small/chat_template.jinja").read_text() == template
+
+
+def test_a_rewritten_model_that_was_trained_since_is_not_replaced(tiny: Path, tmp_path: Path) -> None:
+    rewrite_checkpoint(tiny / "model", tmp_path / "trained", [0, 3, 7])
+    forget_request(tmp_path / "trained")
+    assert json.loads((tmp_path / "trained/layer_map.json").read_text())["new_to_old"] == [0, 3, 7]
+    for kept in ([0, 3, 7], [0, 7]):
+        with pytest.raises(UserError, match="exists and is no rewritten checkpoint, or was trained since"):
+            rewrite_checkpoint(tiny / "model", tmp_path / "trained", kept)
 
 
 def test_links_as_hub_caches_have_them_are_followed(tiny: Path, tmp_path: Path) -> None:

@@ -8,12 +8,14 @@ from typing import Any
 
 from mpruner_dist.checkpoints.header import Header, TensorInfo, read_header, unique_keys
 from mpruner_dist.errors import UserError
-from mpruner_dist.runs.digest import digest, file_digest, spot_digest
+from mpruner_dist.runs.digest import content_digest, digest, file_digest, spot_digest
 from mpruner_dist.runs.json_files import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 FLOAT_TAG = "__float__"
+TOKENIZERS = ("*token*", "*.spm", "*.model", "*.codes", "vocab.*", "merges.txt", "*processor_config.json", "*.jinja")
+"""Names of files that say how data are read."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,12 @@ def fingerprint(
     beside = [file for pattern in ("*.py", "generation_config.json") for file in sorted(companions.glob(pattern))]
     spots = [spot_digest(path, places[path]) for path in sorted(places)]
     return digest([config, {file.name: file_digest(file) for file in beside}, names, spots])
+
+
+def tokenizer_digests(folder: Path) -> dict[str, str]:
+    """Digests of the files beside a model that say how data are read, by name."""
+    files = {file for pattern in TOKENIZERS for file in folder.glob(pattern) if file.is_file()}
+    return {file.name: content_digest(file) for file in sorted(files)}
 
 
 def read_checkpoint(path: Path) -> CheckpointFolder:

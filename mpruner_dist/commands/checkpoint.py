@@ -73,7 +73,7 @@ def rewrite(
         from mpruner_dist.rewriting.export import require_one_stack
 
         layers = require_one_stack(folder, kept, export, config_folder, trust_remote_code)  # before the work
-    request = Request(open_checkpoint(folder, config_folder).fingerprint(), kept, size, drop_mtp, preserve_pattern)
+    request = Request(open_checkpoint(folder, config_folder), kept, size, drop_mtp, preserve_pattern)
     if not universal and is_finished(request, target):  # before the seconds that torch takes to start
         clear_beside(target)
         typer.echo(f"{target}: done before")

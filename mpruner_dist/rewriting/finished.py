@@ -3,13 +3,16 @@
 import json
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mpruner_dist.checkpoints.folder import read_checkpoint
+from mpruner_dist.checkpoints.folder import read_checkpoint, tokenizer_digests
+from mpruner_dist.checkpoints.stored import StoredCheckpoint
 from mpruner_dist.errors import UserError
 from mpruner_dist.plan import Keep, Plan
 from mpruner_dist.runs import digest
+from mpruner_dist.runs.commit import write_json
 
 LAYER_MAP = "layer_map.json"
 
@@ -27,18 +30,18 @@ def layer_map(kept: dict[str, list[int]]) -> dict[str, Any]:
 class Request:
     """What the content of a rewritten checkpoint follows from."""
 
-    source: str
-    """Fingerprint of the source."""
+    source: StoredCheckpoint
     kept: Keep
     max_shard_bytes: int | None = None
     drop_next_token: bool = False
     preserve_pattern: bool = False
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Equal for requests with equal results."""
+        source = [self.source.fingerprint(), tokenizer_digests(self.source.companions)]
         kept = self.kept.kept if isinstance(self.kept, Plan) else self.kept
-        return digest.digest([self.source, kept, self.max_shard_bytes, self.drop_next_token, self.preserve_pattern])
+        return digest.digest([*source, kept, self.max_shard_bytes, self.drop_next_token, self.preserve_pattern])
 
 
 def is_finished(request: Request, target: Path) -> bool:
@@ -58,8 +61,24 @@ def clear_beside(target: Path) -> None:
 
 def is_made_by(request: Request, target: Path) -> bool:
     """Whether `target` says that it follows from this request."""
+    return _map_of(target).get("request") == request.digest
+
+
+def is_rewritten(folder: Path) -> bool:
+    """Whether a rewrite made the folder, and nothing changed its weights since."""
+    return "request" in _map_of(folder)
+
+
+def forget_request(folder: Path) -> None:
+    """Leave of a rewritten folder's map the layers alone: its weights are others now, and no rewrite may replace it."""
+    content = _map_of(folder)
+    content.pop("request", None)
+    write_json(folder / LAYER_MAP, content)
+
+
+def _map_of(folder: Path) -> dict[str, Any]:
     try:
-        content: Any = json.loads((target / LAYER_MAP).read_text())
+        content: Any = json.loads((folder / LAYER_MAP).read_text())
     except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("request") == request.digest
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -23,7 +23,7 @@ from mpruner_dist.models.serving import kinds_and_pattern
 from mpruner_dist.models.signature import FIRST_ONLY
 from mpruner_dist.models.stacks import choose_stacks, find_stacks, run_stacks
 from mpruner_dist.plan import Keep, Plan, by_stack, format_layers, nearest_matching
-from mpruner_dist.rewriting.finished import LAYER_MAP, Request, clear_beside, is_finished, layer_map
+from mpruner_dist.rewriting.finished import LAYER_MAP, Request, clear_beside, is_finished, is_rewritten, layer_map
 from mpruner_dist.rewriting.layout import ShardCopy, StackNames, copy_shard, new_names, plan_copies
 from mpruner_dist.rewriting.proof import Claim, prove
 from mpruner_dist.rewriting.shrink import Kept, Skeleton, shrink
@@ -113,7 +113,7 @@ def rewrite_checkpoint(
     """
     checkpoint = open_checkpoint(source, config_folder)
     require_target(checkpoint, target)
-    request = Request(checkpoint.fingerprint(), kept, max_shard_bytes, drop_next_token, preserve_pattern)
+    request = Request(checkpoint, kept, max_shard_bytes, drop_next_token, preserve_pattern)
     if is_finished(request, target):
         clear_beside(target)
         return
@@ -279,5 +279,7 @@ def require_target(checkpoint: StoredCheckpoint, target: Path) -> None:
             raise UserError(f"the target {target} is, or lies in, the source {folder}: give another folder")
         if place in folder.parents:
             raise UserError(f"the target {target} holds the source {folder}: give another folder")
-    if target.exists() and not (target / LAYER_MAP).is_file() and (target.is_file() or any(target.iterdir())):
-        raise UserError(f"the target {target} exists and is no rewritten checkpoint: give another folder")
+    if target.exists() and not is_rewritten(target) and (target.is_file() or any(target.iterdir())):
+        raise UserError(
+            f"the target {target} exists and is no rewritten checkpoint, or was trained since: give another folder"
+        )

@@ -53,7 +53,7 @@ def rewrite_universal(
         )
     checkpoint = open_checkpoint(source, config_folder)
     require_target(checkpoint, target)
-    request = Request(checkpoint.fingerprint(), kept, preserve_pattern=preserve_pattern)
+    request = Request(checkpoint, kept, preserve_pattern=preserve_pattern)
     if is_made_by(request, target) and (target / LATEST).is_file():
         return
     rewrite = prepare(checkpoint, kept, Options(preserve_pattern=preserve_pattern, trust_remote_code=trust_remote_code))

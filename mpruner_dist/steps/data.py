@@ -3,29 +3,25 @@
 from pathlib import Path
 from typing import Any
 
+from mpruner_dist.checkpoints.folder import tokenizer_digests
 from mpruner_dist.config import DataConfig, SourceConfig
 from mpruner_dist.config.task import FACTS, TaskFacts
 from mpruner_dist.logs import show_progress
 from mpruner_dist.road import Road, Step
 from mpruner_dist.runs.digest import content_digest
 
-TOKENIZERS = ("*token*", "*.spm", "*.model", "*.codes", "vocab.*", "merges.txt", "*processor_config.json")
-"""Names of files that say how data are read."""
-
 
 def data(road: Road) -> Step:
     """Sources to the blocks that the model is given."""
     from mpruner_dist.data.needed import blocks_needed
 
-    readers = {file for pattern in TOKENIZERS for file in road.source.glob(pattern)}
-    tokenizer = {file.name: content_digest(file) for file in sorted(readers)}
     files = {part: source_digest(source) for part, source in road.config.data.parts().items()}
     facts = FACTS[road.config.model.task]
     inputs = {
         "task": road.config.model.task,
         "labels": road.checkpoint.config.get("id2label"),
         "padding": road.checkpoint.config.get("pad_token_id"),
-        "tokenizer": tokenizer,
+        "tokenizer": tokenizer_digests(road.source),
         "data": settings_read(road.config.data, facts),
         "blocks": blocks_needed(road.config),
         "files": files,

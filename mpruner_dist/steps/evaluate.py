@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from mpruner_dist.checkpoints.folder import read_checkpoint
+from mpruner_dist.checkpoints.folder import read_checkpoint, tokenizer_digests
 from mpruner_dist.config import TaskConfig
+from mpruner_dist.config.task import FACTS
 from mpruner_dist.road import Road, Step
 from mpruner_dist.runs.folder import Inputs
 from mpruner_dist.steps.data import digests_of_files
@@ -33,6 +34,7 @@ def _measurement(road: Road, stage: str, artefact: str, models: dict[str, Path],
     """Make `ARTEFACT.json`, one entry for each model."""
     section = road.config.evaluate
     tasks = section.tasks if part == "test" else ()
+    in_rounds = road.config.rounds and road.config.rounds.task
     inputs: Inputs = {
         "models": {label: read_checkpoint(path).fingerprint() for label, path in models.items()},
         "dtype": road.config.model.dtype,
@@ -40,10 +42,12 @@ def _measurement(road: Road, stage: str, artefact: str, models: dict[str, Path],
         "evaluate": section.model_dump(exclude={"tasks"}),
         **road.rounding(),
     }
+    if tasks or in_rounds or FACTS[road.config.model.task].of_generated:  # what is asked is text
+        inputs["tokenizer"] = tokenizer_digests(road.source)
     if tasks:
         inputs["tasks"] = [task_inputs(task) for task in tasks]
-    if road.config.rounds and road.config.rounds.task:
-        inputs["task"] = task_inputs(road.config.rounds.task)
+    if in_rounds:
+        inputs["task"] = task_inputs(in_rounds)
 
     def make() -> None:
         from mpruner_dist.evaluation.job import evaluate_job, write_evaluation

@@ -76,8 +76,7 @@ def _link_folder(source: Path, target: Path, layer_map: dict[str, Any]) -> None:
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial, copy_function=_link_weights)
-    of_the_round = json.loads((partial / "layer_map.json").read_text())
-    write_json(partial / "layer_map.json", of_the_round | layer_map)
+    write_json(partial / "layer_map.json", layer_map)
     commit_folder(partial, target)
 
 

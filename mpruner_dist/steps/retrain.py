@@ -4,13 +4,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from mpruner_dist.checkpoints.folder import read_checkpoint
+from mpruner_dist.checkpoints.folder import read_checkpoint, tokenizer_digests
 from mpruner_dist.checkpoints.source import resolve_source
 from mpruner_dist.cluster.settings import Settings, quantized, read_deepspeed_config
 from mpruner_dist.config import RetrainConfig
 from mpruner_dist.errors import UserError
 from mpruner_dist.retraining.freezing import beside_gaps
 from mpruner_dist.retraining.settings import hidden_size, training_settings
+from mpruner_dist.rewriting.finished import forget_request
 from mpruner_dist.road import Road, Step
 from mpruner_dist.runs.folder import Inputs
 
@@ -84,9 +85,11 @@ def retrain(road: Road) -> Step:
             train=road.blocks("train"), validation=road.blocks("validation"), work=work,
             target=road.folder / "retrained",
         )  # fmt: skip
+        forget_request(road.folder / "retrained")
         write_summary(work, road.folder / "retrain.json")
 
-    return inputs, ("retrained", "retrain.json"), make
+    # whose change needs another export, and no other training
+    return inputs | {"tokenizer": tokenizer_digests(road.source)}, ("retrained", "retrain.json"), make
 
 
 def _can_share(section: RetrainConfig, settings: Callable[[int], Settings], workers: int) -> bool:

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from mpruner_dist.checkpoints.folder import tokenizer_digests
 from mpruner_dist.errors import UserError
 from mpruner_dist.planning.budget import protected_layers
 from mpruner_dist.road import Road, Step
@@ -10,7 +11,7 @@ from mpruner_dist.road import Road, Step
 def rewrite(road: Road) -> Step:
     """The checkpoint without the layers, proven."""
     plan = road.plan()
-    inputs = {"model": road.model_id, "kept": plan.kept}
+    inputs = {"model": road.model_id, "tokenizer": tokenizer_digests(road.source), "kept": plan.kept}
 
     def make() -> None:
         from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
