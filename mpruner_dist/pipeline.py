@@ -83,7 +83,8 @@ def _walk(road: Road, last: str, again: bool, collected: Path | None) -> None:
         # in rounds, `mpruner collect` is refused
         command = "evaluate" if name == "data" and config.rounds is not None else COMMANDS[name]
         remedy = f"make it anew here with the same options: mpruner {command} CONFIG"
-        folder.stage(name, inputs, outputs, make, remedy=remedy, replace=again and command == last)
+        replace = name == "report" or (again and command == last)  # a report only tells of what is there
+        folder.stage(name, inputs, outputs, make, remedy=remedy, replace=replace)
     if again:
         forget_outdated(road, folder, stages[position:])
 

@@ -44,7 +44,7 @@ def make_run(run: Path, retrain: bool = True) -> Path:
     kept = [layer for layer in range(DEPTH) if layer not in DROPPED]
     reasons = {str(layer): {"like": layer - 1, "cka": 0.98, "stderr": 0.001} for layer in DROPPED}
     plan = {"num_layers": DEPTH, "kept": kept, "clusters": [[0], [1, 2], [3, 4], [5]], "reasons": reasons}
-    entry = {"bytes": 4000, "loss": 1.0, "tokens": 1234, "tokens_per_second": 10.0}
+    entry = {"bytes": 4000, "loss": 1.0, "tokens": 1234, "tokens_per_second": 10.0, "workers": 1, "device": "cpu"}
     evaluation = {
         "original": entry | {"layers": 6, "parameters": 1_000_000_000, "perplexity": 10.0},
         "pruned": entry | {"layers": 4, "parameters": 800_000_000, "perplexity": 20.0},

@@ -232,6 +232,21 @@ def test_numbers_are_short():
     assert [duration_text(s) for s in (0.23, 59.97, 425, 12000)] == ["0.2 s", "1 min 00 s", "7 min 05 s", "3 h 20 min"]
 
 
+def test_speeds_on_other_workers_are_not_compared(tmp_path):
+    run = make_run(tmp_path)
+    edit(run / "evaluation.json", lambda evaluation: evaluation["pruned"].update(tokens_per_second=20.0))
+    write_report(run, make_config(), {})
+    report = " ".join((run / "report.html").read_text().split())
+    assert "Speed is measured in the evaluation itself, on 1 worker (cpu): one pass" in report
+    assert "+100.0 %" in report
+    edit(run / "evaluation.json", lambda evaluation: evaluation["pruned"].update(workers=2))
+    edit(run / "evaluation.json", lambda evaluation: evaluation["pruned"].update(perplexity=10.1))
+    write_report(run, make_config(), {})
+    report = " ".join((run / "report.html").read_text().split())
+    assert "1 worker (cpu) for original, 2 workers (cpu) for pruned, 1 worker (cpu) for retrained, which does" in report
+    assert "+100.0 %" not in report
+
+
 def lines_of_training(weights=None, **retrain) -> str:
     config = make_config().model_dump() | {"retrain": {"steps": 30, **retrain}}
     data = {"packed": True, "parts": {"train": {"blocks": 2}}}

@@ -112,7 +112,7 @@ def test_a_comparison_made_after_the_report_goes_into_the_next(tmp_path: Path, m
     with open_run(tmp_path / "run", "") as folder:
         for name in ("data/data.json", "cka.json", "plan.json", "evaluation.json"):
             write_json(folder / name, {})
-        road: Any = SimpleNamespace(folder=folder)
+        road: Any = SimpleNamespace(folder=folder, config=config_for(tmp_path))
         folder.stage("report", report(road)[0], (), lambda: None, remedy="")
 
     monkeypatch.setattr(pipeline, "Road", Opened)
@@ -120,6 +120,21 @@ def test_a_comparison_made_after_the_report_goes_into_the_next(tmp_path: Path, m
     monkeypatch.setattr(pipeline, "compare", lambda road, depths: write_json(road.folder / "compare.json", {"cka": ""}))
     pipeline.compare_plans(config_for(tmp_path), tmp_path / "run", None)
     assert "report" not in json.loads((tmp_path / "run/manifest.json").read_text())["stages"]
+
+
+def test_the_report_follows_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a plan by another threshold is the same plan: nothing is refused that only tells."""
+    written: list[str] = []
+    monkeypatch.setattr(pipeline, "STEPS", {"report": lambda road: (report(road)[0], (), lambda: written.append(""))})
+    config = config_for(tmp_path).model_copy(update={"rounds": None})
+    with open_run(tmp_path / "run", "") as folder:
+        for name in ("data/data.json", "cka.json", "plan.json", "evaluation.json"):
+            write_json(folder / name, {})
+        for threshold, times in ((0.98, 1), (0.98, 1), (0.97, 2)):
+            changed = config.model_copy(update={"plan": config.plan.model_copy(update={"threshold": threshold})})
+            road: Any = Opened(changed, folder)
+            pipeline._walk(road, "report", again=False, collected=None)
+            assert len(written) == times
 
 
 def test_a_signal_during_a_task_is_heard_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,7 @@ def evaluate_job(worker: Worker, spec: dict[str, Any]) -> None:
                 f"{task.facts.unit}s": score.predictions,
                 f"{task.facts.unit}s_per_second": task.size(part) / score.seconds,
                 "workers": worker.world_size,  # as many as there was room for
+                "device": worker.device.type,
                 **memory,
                 **of_task,
             })  # fmt: skip

@@ -110,11 +110,17 @@ def evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def evaluation_changes(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
-    """One row a model under the headings: how far each number is from the original's; empty in the original's row."""
+    """One row a model under the headings: how far each number is from the original's; empty in the original's row.
+
+    Speeds that were measured on other workers do not compare.
+    """
     original, metrics = evaluation["original"], metrics_of(evaluation)
-    fields = ("layers", "parameters", "bytes", *metrics, f"{unit_of(evaluation)}{_RATE}")
+    rate = f"{unit_of(evaluation)}{_RATE}"
+    fields = ("layers", "parameters", "bytes", *metrics, rate)
 
     def change(field: str, entry: dict[str, Any]) -> str:
+        if field == rate and workers_text(entry) != workers_text(original):
+            return ""
         if field in metrics:
             return metric_change_text(field, entry[field], original[field])
         return change_text(entry[field], original[field])
@@ -123,6 +129,19 @@ def evaluation_changes(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
         ("", *("" if label == "original" else change(field, entry) for field in fields))
         for label, entry in evaluation.items()
     ]
+
+
+def workers_text(entry: dict[str, Any]) -> str:
+    """What a model was measured on: `2 workers (cpu)`."""
+    return f"{entry['workers']} worker{'' if entry['workers'] == 1 else 's'} ({entry['device']})"
+
+
+def measured_on(evaluation: dict[str, Any]) -> str:
+    """What the models were measured on, each by itself where a run went on with other workers."""
+    texts = {label: workers_text(entry) for label, entry in evaluation.items()}
+    if len(set(texts.values())) == 1:
+        return texts["original"]
+    return ", ".join(f"{text} for {label}" for label, text in texts.items()) + ", which does not compare"
 
 
 def task_table(evaluation: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:

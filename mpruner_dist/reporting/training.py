@@ -29,7 +29,7 @@ def training(config: Config, data: dict[str, Any], weights: dict[str, Any] | Non
         f"{data['parts']['train']['blocks']:,}" + (f", in each of {rounds} accepted rounds" if rounds > 1 else ""),
         f"learning rate {retrain.learning_rate:g}, {retrain.warmup_steps} warm-up steps, down to "
         f"{retrain.min_lr_ratio:g} of it at the end; weight decay {retrain.weight_decay:g}, gradient norm at most "
-        f"{retrain.max_grad_norm:g}; weights in {config.model.dtype}; DeepSpeed ZeRO stage {retrain.zero_stage}",
+        f"{retrain.max_grad_norm:g}; weights in {config.model.dtype}",
     ]
     if retrain.deepspeed is not None:
         lines.append(f"settings in {retrain.deepspeed.name} go before these")

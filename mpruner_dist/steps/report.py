@@ -10,6 +10,7 @@ def report(road: Road) -> Step:
     names = ["data/data.json", "cka.json", "plan.json", "evaluation.json"]
     names += [name for name in ("retrain.json", "rounds.json", "compare.json") if (road.folder / name).exists()]
     inputs: Inputs = {name: file_digest(road.folder / name) for name in names}
+    inputs["config"] = road.config.model_dump(mode="json", exclude={"cluster"})
 
     def make() -> None:
         from mpruner_dist.reporting.report import write_report
