@@ -88,6 +88,23 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "bart": ("BartForConditionalGeneration", SEQ2SEQ | {"max_position_embeddings": 64}),
     "t5": ("T5ForConditionalGeneration", T5 | {"decoder_start_token_id": 0}),
+    "t5gemma": (
+        "T5GemmaForConditionalGeneration",
+        {"encoder": LLAMA | WINDOW, "decoder": LLAMA | WINDOW | {"num_hidden_layers": 6}, "vocab_size": 128},
+    ),
+    "switch_transformers": (
+        "SwitchTransformersForConditionalGeneration",
+        {n: v for n, v in T5.items() if n != "num_decoder_layers"} | {
+            "num_layers": 8, "num_decoder_layers": 6, "num_experts": 2, "expert_capacity": 64,
+            "num_sparse_encoder_layers": 4, "num_sparse_decoder_layers": 3, "decoder_start_token_id": 0},
+    ),
+    "deberta-v2": ("DebertaV2ForMaskedLM", LLAMA | {"conv_kernel_size": 3}),
+    "longformer": ("LongformerForMaskedLM", LLAMA | {"attention_window": [4] * 8}),
+    "prophetnet": (
+        "ProphetNetForConditionalGeneration",
+        {"hidden_size": 32, "num_encoder_layers": 5, "num_decoder_layers": 4, "num_encoder_attention_heads": 4,
+         "num_decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 128},
+    ),
     "resnet": ("ResNetForImageClassification", STAGES | {"embedding_size": 8, "layer_type": "basic"}),
     "convnext": ("ConvNextForImageClassification", STAGES),
     "swin": (

@@ -86,6 +86,11 @@ def test_the_format_is_the_models(tmp_path: Path) -> None:
         asked = {"image_mean": [1.0], "image_std": [4.0], "size": 8, **options}
         made, highest = form({"num_channels": 1}, asked), 255 if "do_rescale" in options else 2
         assert (255 / 255 - made.mean[0]) / made.std[0] == pytest.approx((highest - 1) / 4)
+    assert form({"vision_config": {"image_size": 384, "num_channels": 1}}) == PixelFormat(1, (384, 384), (0.5,), (0.5,))
+    assert form({}, {"image_mean": 0.25, "image_std": 1.0}) == PixelFormat(3, None, (0.25,) * 3, (1.0,) * 3)
+    for unknown in ("do_flip_channel_order", "rescale_offset"):
+        with pytest.raises(UserError, match=rf"preprocessor_config\.json asks for {unknown}, which is not known here"):
+            form({}, {unknown: True})
     for broken in ("{", "[]"):
         (tmp_path / "preprocessor_config.json").write_text(broken)
         with pytest.raises(UserError, match=r"preprocessor_config\.json"):

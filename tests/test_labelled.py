@@ -161,6 +161,7 @@ def test_quality_is_a_loop_over_the_texts(pairs: list[tuple[int, int]]) -> None:
         if end > begin
     ]
     total = sum(tallies[1:], tallies[0]).tolist()
+    assert len(total) == 2 + 3 * 4  # numbers a class, not pairs of classes: a head may have 20,000
     nll = -sum(float(logits[row].log_softmax(-1)[label]) for row, label in enumerate(labels))
     assert total[:2] == [pytest.approx(nll, rel=1e-5), len(pairs)]
     scores = []

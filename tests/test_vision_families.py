@@ -12,13 +12,16 @@ from families import make_family
 from ranks import on_ranks
 
 from mpruner_dist.checkpoints.folder import read_checkpoint
+from mpruner_dist.checkpoints.naming import layer_parameters
 from mpruner_dist.config import Config, PlanConfig
 from mpruner_dist.data.images import LabelledImages
 from mpruner_dist.data.model_folder import read_config
 from mpruner_dist.data.parts import save_part
 from mpruner_dist.models.blocks import skipped
 from mpruner_dist.models.loading import empty_model, load_model
+from mpruner_dist.models.naming import layer_names
 from mpruner_dist.models.stacks import run_blocks, run_stacks
+from mpruner_dist.plan import Plan
 from mpruner_dist.planning.planner import make_plan
 from mpruner_dist.rewriting.rewrite import rewrite_checkpoint
 from mpruner_dist.rewriting.shrink import Skeleton, pattern_of_places
@@ -87,3 +90,21 @@ def test_a_family_of_stages_is_measured_planned_and_rewritten(
         expected = original(pixel_values=images).logits
     with torch.no_grad():
         torch.testing.assert_close(small(pixel_values=images).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "first"), [("resnet", 2), ("swin", 2), ("convnext", 2)])
+def test_a_first_stage_of_one_block_is_not_taken_for_all_stages(family: str, first: int, tmp_path: Path) -> None:
+    """As an earlier round leaves it: every tensor of the stage has the stage's number and the block's, both 0."""
+    model: Any = make_family(family, tmp_path / "model")
+    stacks = [stack.depth for stack in run_stacks(model)]
+    assert stacks[0] == first
+    kept = [0, *range(first, sum(stacks))]
+    rewrite_checkpoint(tmp_path / "model", tmp_path / "once", Plan.keeping(sum(stacks), kept))
+    checkpoint = read_checkpoint(tmp_path / "once")
+    names = [name for of in layer_names(checkpoint.tensors, read_config(tmp_path / "once")).values() for name in of]
+    assert len(set(names)) == len(names) == sum(stacks) - first + 1
+    sizes = layer_parameters(checkpoint, names)
+    blocks = run_blocks(load_model(tmp_path / "once", "float32", kind=KIND))
+    assert sizes == [sum(tensor.numel() for tensor in block.state_dict().values()) for block in blocks]
+    rewrite_checkpoint(tmp_path / "once", tmp_path / "twice", Plan.keeping(len(names), list(range(len(names) - 1))))
+    assert read_config(tmp_path / "twice").depths == [1, *stacks[1:-1], stacks[-1] - 1]

@@ -81,7 +81,8 @@ def pixel_format(model_folder: Path) -> PixelFormat:
     """What config.json and preprocessor_config.json or processor_config.json say; without, pixels go from -1 to 1.
 
     Raises:
-        UserError: one of them is no JSON object, or gives a mean or spread for another number of channels.
+        UserError: one of them is no JSON object, gives a mean or spread for another number of channels, or asks for
+            what is not known here.
     """
     config = read_json(model_folder / "config.json")
     file, processor = model_folder / "preprocessor_config.json", {}
@@ -89,13 +90,18 @@ def pixel_format(model_folder: Path) -> PixelFormat:
         processor = read_json(file)
     elif (file := model_folder / "processor_config.json").is_file():
         processor = read_json(file).get("image_processor", {})
-    channels = int(config.get("num_channels", 3))
+    for name in ("do_flip_channel_order", "rescale_offset"):
+        if processor.get(name):
+            raise UserError(f"{file} asks for {name}, which is not known here: the model would see other colours")
+    vision = config | config.get("vision_config", {})
+    channels = int(vision.get("num_channels", 3))
     crop = processor.get("crop_size") if processor.get("do_center_crop", True) else None
     asked = crop or processor.get("size")  # of a model that takes any, the size of its training
     if isinstance(asked, dict):
         asked = [asked["height"], asked["width"]] if "height" in asked else asked.get("shortest_edge")
-    size = asked or config.get("image_size")
-    mean, std = (processor.get(name) or [0.5] * channels for name in ("image_mean", "image_std"))
+    size = asked or vision.get("image_size")
+    given = (processor.get(name) or 0.5 for name in ("image_mean", "image_std"))
+    mean, std = (value if isinstance(value, list) else [value] * channels for value in given)
     if not processor.get("do_normalize", True):
         mean, std = [0.0] * channels, [1.0] * channels
     if len(mean) != channels or len(std) != channels:

@@ -9,7 +9,8 @@ from huggingface_hub.errors import StrictDataclassError
 from mpruner_dist.errors import UserError
 
 CONFIG_ERRORS = (
-    OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError, StrictDataclassError,
+    OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError, AssertionError,
+    NotImplementedError, StrictDataclassError,
 )  # fmt: skip
 """What the classes of transformers raise over a configuration that makes no sense."""
 

@@ -79,7 +79,7 @@ def moved_state(state: int, depth: int, kept: list[int]) -> int:
 def _name_sparse_layers(changed: dict[str, Any], fields: dict[str, Any], depth: int, kept: list[int]) -> None:
     """Qwen's mixtures: every `decoder_sparse_step`-th layer has experts, unless it is in `mlp_only_layers`."""
     step = fields.get("decoder_sparse_step")
-    if not isinstance(step, int) or step <= 1:
+    if not isinstance(step, int) or step <= 1 or "mlp_only_layers" not in fields:  # Switch has only the step
         return
     dense = {*(fields.get("mlp_only_layers") or ()), *(i for i in range(depth) if (i + 1) % step)}
     changed["decoder_sparse_step"] = 1

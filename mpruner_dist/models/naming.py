@@ -62,9 +62,9 @@ def stack_prefix(model: Any, stack: Stack, names: Iterable[str]) -> str:
     Raises:
         UserError: the names have not every block of the stack, or no prefix in common.
     """
-    names = list(names)
+    mapped = {name: key for name, (key, _) in model_names(model, names).items()}
     prefixes: set[str] | None = None
-    for name, (key, _) in model_names(model, names).items():
+    for name, key in mapped.items():
         layer = layer_of(key, stack.name)
         if layer is None:
             continue
@@ -76,8 +76,11 @@ def stack_prefix(model: Any, stack: Stack, names: Iterable[str]) -> str:
             f"no tensor of the checkpoint is named as {type(model).__name__} names its blocks, {stack.name}.N.*: "
             "where it was trained under other names, export it in Hugging Face's first"
         )
-    prefix = min(prefixes, key=len)
-    layers = {layer for name in names if (layer := layer_of(name, prefix)) is not None}
+    # of a first stage of one block, `stages.0.layers.0.*`, the number of the stage would do as well
+    outside = [name for name, key in mapped.items() if layer_of(key, stack.name) is None]
+    strict = {prefix for prefix in prefixes if all(layer_of(name, prefix) is None for name in outside)}
+    prefix = min(strict or prefixes, key=len)
+    layers = {layer for name in mapped if (layer := layer_of(name, prefix)) is not None}
     if not layers >= set(range(stack.depth)):
         lacking = sorted(set(range(stack.depth)) - layers)
         raise UserError(

@@ -1,6 +1,7 @@
 """Where the stacks of blocks of any model live: by rule, from the model on the meta device and its configuration."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,12 +157,17 @@ def _config_of(model: Any, name: str) -> tuple[tuple[str, ...], Any]:
 
 
 def _path_to(config: Any, wanted: Any) -> tuple[str, ...] | None:
-    """Where `wanted`, or one of its class, lies in a configuration."""
-    if config is wanted or type(config) is type(wanted):
+    """Where `wanted` lies in a configuration, or else, for it may be a copy, the first of its class."""
+    path = _find(config, lambda other: other is wanted)
+    return _find(config, lambda other: type(other) is type(wanted)) if path is None else path
+
+
+def _find(config: Any, is_wanted: Callable[[Any], bool]) -> tuple[str, ...] | None:
+    if is_wanted(config):
         return ()
     for part in getattr(config, "sub_configs", {}):
         below = getattr(config, part, None)
-        found = None if below is None else _path_to(below, wanted)
+        found = None if below is None else _find(below, is_wanted)
         if found is not None:
             return (part, *found)
     return None

@@ -122,6 +122,9 @@ def _require_same(whole: Any, small: Any, kept: Kept) -> None:
     stacks = find_stacks(whole)
     for stack in stacks:
         layers = kept.get(stack, list(range(stack.depth)))
+        around = whole.get_submodule(stack.name.rpartition(".")[0])
+        if layers[0] != 0 and getattr(around, "conv", None) is not None:  # DeBERTa-v2 of its larger sizes
+            problems.append(f"layer 0 of {stack.name} is the one behind which a convolution of its input is added")
         new_index = {old: new for new, old in enumerate(layers)}
         old, new = _signatures(whole, stack, new_index.get), _signatures(small, stack, lambda layer: layer)
         for layer, found in zip(layers, new, strict=True):
@@ -155,7 +158,10 @@ def _with_cache(small: Skeleton) -> Skeleton:
     if _cached(small.config) == depth or (_cached(small.config) > depth and CACHED not in small.stored):
         return small
     stored = small.stored | {CACHED: depth}
-    config = type(small.config).from_dict(copy.deepcopy(stored))
+    try:
+        config = type(small.config).from_dict(copy.deepcopy(stored))
+    except CONFIG_ERRORS as error:
+        raise UserError(f"the configuration cannot say that generation caches {depth} layers: {error}") from error
     if _cached(config) != depth:
         raise UserError(
             f"transformers would cache {_cached(config)} layers in generation where {decoders[0].name} has {depth}: "

@@ -27,7 +27,8 @@ def data(road: Road) -> Step:
         "files": files,
     }
     if facts.reads == "images":  # where the processor's file does not say
-        inputs["pixels"] = {name: road.checkpoint.config.get(name) for name in ("num_channels", "image_size")}
+        names = ("num_channels", "image_size", "vision_config")
+        inputs["pixels"] = {name: road.checkpoint.config.get(name) for name in names}
     if facts.of_generated:
         inputs["decoder_start"] = road.checkpoint.config.get("decoder_start_token_id")
     if facts.reads == "speech":

@@ -24,12 +24,12 @@ class Classes:
         return len(part)
 
     def tally(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Likelihood, predictions, and how often each class was taken for each other, [C, C] in a row."""
-        classes = logits.shape[-1]
-        pairs_B = batch.targets * classes + logits.argmax(-1)
-        confusion = torch.bincount(pairs_B, minlength=classes**2)
-        counts = torch.cat([confusion.sum().view(1), confusion]).double()
-        return torch.cat([summed_nll(logits, batch.targets).double().view(1), counts])
+        """Likelihood, predictions, and of each class how often it was right, was said and was there, each [C]."""
+        said_B, there_B = logits.argmax(-1), batch.targets
+        right_B = there_B[said_B == there_B]
+        counts = [torch.bincount(some, minlength=logits.shape[-1]) for some in (right_B, said_B, there_B)]
+        number = torch.tensor([len(there_B)], device=logits.device)
+        return torch.cat([summed_nll(logits, there_B).view(1), number, *counts]).double()
 
     def quality(self, tally: list[float]) -> dict[str, float]:
         """Accuracy, and the mean over the classes of the harmonic mean of precision and recall.
@@ -37,10 +37,8 @@ class Classes:
         As scikit-learn's f1_score(average="macro"): over the classes that occur in the data or were predicted, and 0
         for one that is never right.
         """
-        classes = round(len(tally[2:]) ** 0.5)
-        confusion_CC = np.array(tally[2:]).reshape(classes, classes)
-        hits_C = np.diagonal(confusion_CC)
-        either_C = confusion_CC.sum(0) + confusion_CC.sum(1)
+        hits_C, said_C, there_C = np.array(tally[2:]).reshape(3, -1)
+        either_C = said_C + there_C
         f1_C = 2 * hits_C[either_C > 0] / either_C[either_C > 0]
         return {"accuracy": float(hits_C.sum() / tally[1]), "macro_f1": float(f1_C.mean())}
 
