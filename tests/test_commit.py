@@ -13,9 +13,10 @@ from conftest import names
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpruner_dist.errors import StageFailure
-from mpruner_dist.runs.commit import commit_folder, disk_errors, require_space, write_bytes, write_json
+from mpruner_dist.errors import StageFailure, UserError
+from mpruner_dist.runs.commit import commit_folder, disk_errors, require_space, write_bytes, write_json, write_text
 from mpruner_dist.runs.digest import content_digest, digest, file_digest, spot_digest
+from mpruner_dist.runs.folder import begin_run
 
 FAILING_WRITE = """
 import resource, sys
@@ -71,6 +72,13 @@ def test_disk_errors_say_what_to_do(tmp_path: Path, number: int, message: str) -
     with pytest.raises(StageFailure, match=message) as caught, disk_errors(tmp_path / "not" / "there"):
         raise OSError(number, "reason")
     assert str(tmp_path / "not" / "there") in str(caught.value)
+
+
+def test_a_path_through_a_file_is_the_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for write in (lambda path: begin_run(path).close(), lambda path: write_text(path, "")):
+        with pytest.raises(UserError, match=r"file/below: a part of that path is a file"):
+            write(tmp_path / "file/below")
 
 
 def test_a_disk_that_is_full_for_torch_says_what_to_do(tmp_path: Path) -> None:

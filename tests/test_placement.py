@@ -16,12 +16,13 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from test_resume import wait_for
 
+from mpruner_dist.cluster.address import cluster_address
 from mpruner_dist.cluster.nodes import Node, living_nodes
 from mpruner_dist.cluster.placement import choose_device, cpus_each
 from mpruner_dist.cluster.session import RaySession
 from mpruner_dist.cluster.worker import Worker
 from mpruner_dist.config import ClusterConfig
-from mpruner_dist.errors import StageFailure
+from mpruner_dist.errors import StageFailure, UserError
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import this file
 
@@ -118,6 +119,10 @@ def note_the_number(worker: Worker, spec: dict[str, Any]) -> None:
     (Path(spec["folder"]) / f"{worker.rank} of {worker.world_size}").touch()
 
 
+def upper(text: str) -> str:
+    return text.upper()
+
+
 OTHER_JOB = """
 import sys, time, pathlib, ray
 ray.init(address=sys.argv[1], log_to_driver=False)
@@ -126,6 +131,14 @@ ray.get(group.ready())
 pathlib.Path(sys.argv[2]).touch()
 time.sleep(600)
 """
+
+
+def test_an_address_of_ray_client_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    with pytest.raises(UserError, match=r"ray://head:10001 is an address of Ray Client: .* mpruner submit ray"):
+        RaySession(ClusterConfig()).connect()
+    monkeypatch.setenv("RAY_ADDRESS", "")  # set to nothing names no cluster
+    assert cluster_address(ClusterConfig()) is None
 
 
 @pytest.mark.ray
@@ -150,7 +163,16 @@ def test_a_busy_cluster(cluster: Cluster, second: Any, tmp_path: Path, caplog: p
             assert "only 1 of 2 workers of 1 CPU fit: going on with 1 (cluster.min_workers 1)" in caplog.text
             with pytest.raises(StageFailure, match="no number from 1 to 1 divides the work"):
                 session.run_workers(note_the_number, {}, "test", tmp_path, usable=lambda number: number != 1)
+            second_job = subprocess.Popen([sys.executable, "-c", OTHER_JOB, cluster.address, str(tmp_path / "both")])
+            try:
+                wait_for((tmp_path / "both").exists, second_job)
+                with pytest.raises(StageFailure, match="no CPU of the Ray cluster was free within 0 s"):
+                    session.run_tasks(upper, ["a"], tmp_path / "progress.json")
+            finally:
+                second_job.kill()
+                second_job.wait()
             session.config = ClusterConfig(**common, wait_s=100, min_workers=1)
+            assert session.run_tasks(upper, ["a", "b"], tmp_path / "progress.json") == ["A", "B"]
             caplog.clear()
             threading.Timer(5, other.kill).start()
             session.run_workers(note_the_number, {"folder": tmp_path / "all"}, "test", tmp_path)

@@ -8,9 +8,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
 import yaml
 from conftest import Mpruner, make_text, write_config
 from ray.cluster_utils import Cluster
@@ -18,6 +20,7 @@ from test_resume import wait_for
 
 from mpruner_dist.config_file import load_config
 from mpruner_dist.errors import StageFailure, UserError
+from mpruner_dist.submission import ray_jobs
 from mpruner_dist.submission.portable import portable
 from mpruner_dist.submission.ray_jobs import submit_job
 
@@ -181,6 +184,33 @@ def test_nobody_answers(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     address = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(StageFailure, match=f"nobody answers at {address}: is it the address of the dashboard"):
         submit(config, address)
+
+
+class Away:
+    """A client of a dashboard that does not answer for a while, and then knows, or no longer, how the job ended."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers = list(answers)
+
+    def get_job_info(self, _: str) -> Any:
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return SimpleNamespace(status=SimpleNamespace(is_terminal=lambda: answer))
+
+
+def test_a_dashboard_that_is_away_for_a_while_is_asked_again(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    monkeypatch.setattr(ray_jobs, "POLL_S", 0)
+    away = [requests.exceptions.ConnectionError("refused"), RuntimeError("status code 502")]
+    client = Away(False, *away, False, away[0], True)
+    assert ray_jobs._await_end(client, "job").status.is_terminal()
+    assert client.answers == []
+    assert caplog.text.count("how job is cannot be asked (refused); trying for 300 s") == 2
+    with pytest.raises(RuntimeError, match="404"):
+        ray_jobs._await_end(Away(RuntimeError("status code 404"), True), "job")
+    monkeypatch.setattr(ray_jobs, "AWAY_S", 0)
+    with pytest.raises(StageFailure, match="nobody answers at http://head"), ray_jobs._refusals("http://head"):
+        ray_jobs._await_end(Away(*away[:1] * 2, True), "job")
 
 
 @pytest.mark.parametrize(

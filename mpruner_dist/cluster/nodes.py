@@ -38,3 +38,9 @@ def living_nodes() -> list[Node]:
 def working_nodes() -> list[Node]:
     """Those that work can run on; a head without CPUs gets none."""
     return [node for node in living_nodes() if node.has.get("CPU", 0) > 0]
+
+
+def elsewhere(nodes: list[Node]) -> bool:
+    """Whether one of them is not the node of this process, as where a head without CPUs drives a single worker node."""
+    here = ray.get_runtime_context().get_node_id()
+    return any(node.id != here for node in nodes)

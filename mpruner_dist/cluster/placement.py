@@ -118,6 +118,20 @@ def find_place(config: ClusterConfig, device: str, *, joined: bool, usable: Usab
     return Place(number, device, place.cpus)
 
 
+def await_room(config: ClusterConfig) -> None:
+    """Wait until the cluster has a CPU for a task.
+
+    Raises:
+        StageFailure: it has none in time.
+        Preempted: a signal came while it waited.
+    """
+    if not _can_be_placed(Place(1, "cpu", 1), config.wait_s):
+        raise StageFailure(
+            f"no CPU of the Ray cluster was free within {config.wait_s} s, and each file is a task that asks for one: "
+            "raise cluster.wait_s, or come back when other jobs have ended; the same command goes on"
+        )
+
+
 def _can_be_placed(place: Place, wait_s: int) -> bool:
     """Whether the cluster can reserve room for all workers at once within so many seconds."""
     group = placement_group([place.resources] * place.workers, strategy="PACK")

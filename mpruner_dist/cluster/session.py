@@ -18,8 +18,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from mpruner_dist.cluster import preemption
 from mpruner_dist.cluster.address import cluster_address, require_listener
 from mpruner_dist.cluster.failures import LeaveWordOfEnd, explain
-from mpruner_dist.cluster.nodes import Node, living_nodes, working_nodes
-from mpruner_dist.cluster.placement import Place, Usable, choose_device, find_place
+from mpruner_dist.cluster.nodes import Node, elsewhere, living_nodes, working_nodes
+from mpruner_dist.cluster.placement import Place, Usable, await_room, choose_device, find_place
 from mpruner_dist.cluster.probe import require_same_view
 from mpruner_dist.cluster.worker import Job, Worker, said, stop_request, worker_note
 from mpruner_dist.config import ClusterConfig
@@ -83,7 +83,7 @@ class RaySession:
         """Ask the nodes that have not been asked, also those that joined since."""
         nodes = working_nodes()
         new = [node for node in nodes if node not in self._probed]
-        if len(nodes) > 1 and new:
+        if new and elsewhere(nodes):
             require_same_view(new, shared, self.folders)
             self._probed.update(new)
 
@@ -189,10 +189,12 @@ class RaySession:
 
         Raises:
             MPrunerError: what a task raised.
-            StageFailure: its process was killed each time.
+            StageFailure: its process was killed each time; or no CPU is free on a cluster that was there before.
             Preempted: this process was told to stop by a signal.
         """
         self.connect()
+        if self._joined():
+            await_room(self.config)
         remote = ray.remote(num_cpus=1)(function)
         label = function.__name__.replace("_", " ")
         try:
@@ -201,7 +203,7 @@ class RaySession:
                 references = [remote.remote(item) for item in items]
                 waiting = references
                 while waiting:
-                    done, waiting = ray.wait(waiting)
+                    done, waiting = ray.wait(waiting, timeout=1)  # and hear a signal where others took the CPUs
                     ray.get(done)  # raises what the task raised
                     writer.tell(len(items) - len(waiting))
                     preemption.stop_if_told()

@@ -13,7 +13,7 @@ from typing import Any
 
 from mpruner_dist.cluster import look
 from mpruner_dist.cluster.address import cluster_address
-from mpruner_dist.cluster.nodes import working_nodes
+from mpruner_dist.cluster.nodes import elsewhere, working_nodes
 from mpruner_dist.cluster.probe import DEADLINE_S, on_each, require_same_view
 from mpruner_dist.cluster.session import RaySession
 from mpruner_dist.config import ClusterConfig
@@ -96,9 +96,9 @@ class _Trial:
 
     def nodes(self) -> str:
         nodes = working_nodes()
-        if self.shared is None and len(nodes) > 1:
+        if self.shared is None and elsewhere(nodes):
             raise StageFailure(
-                f"the cluster has {len(nodes)} nodes: give --run-dir a folder on storage that all of them share"
+                "the cluster has nodes beside this one: give --run-dir a folder on storage that all of them share"
             )
         require_same_view(nodes, self.shared or self.work, [])
         where = self.shared or "a temporary folder"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mpruner_dist.errors import StageFailure
+from mpruner_dist.errors import StageFailure, UserError
 
 TORCH_WRITER = "inline_container"
 """The file of torch that its messages name where torch.save could not write; it swallows the system's own."""
@@ -29,6 +29,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise StageFailure(f"may not write {path}: {error.strerror}; check its owner and its mount") from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+            raise UserError(f"{path}: a part of that path is a file") from error
         raise
     except RuntimeError as error:
         if TORCH_WRITER not in str(error):

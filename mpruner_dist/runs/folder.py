@@ -174,11 +174,11 @@ def begin_run(path: Path) -> IO[str]:
     Raises:
         UserError: the folder is something else's.
     """
-    if path.exists() and not path.is_dir():
-        raise UserError(f"the run folder {path} is a file: give another --run-dir")
-    others = [file for file in path.iterdir() if not file.name.startswith(TRIAL)] if path.is_dir() else []
-    if others and not (path / ".lock").exists():
-        raise UserError(f"the run folder {path} is not empty and no run's: give another --run-dir")
     with disk_errors(path):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"the run folder {path} is a file: give another --run-dir")
+        others = [file for file in path.iterdir() if not file.name.startswith(TRIAL)] if path.is_dir() else []
+        if others and not (path / ".lock").exists():
+            raise UserError(f"the run folder {path} is not empty and no run's: give another --run-dir")
         (path / "logs").mkdir(parents=True, exist_ok=True)
         return (path / ".lock").open("w")

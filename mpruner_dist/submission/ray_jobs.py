@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 STOP_WAIT_S = 600
 """So long a job that is stopped may take to save before Ray kills it; Ray's own default is 3."""
 POLL_S = 1.0
+AWAY_S = 300
+"""So long a dashboard that was there may not answer."""
 LAST_LINES = 20
 """Of what Ray tells of a job that failed, which ends with the end of its log."""
 INTERRUPTED = 130
@@ -147,6 +149,7 @@ def _connect(address: str) -> Any:
 @contextmanager
 def _refusals(address: str, job: str | None = None) -> Iterator[None]:
     """Say in our words what the client of the Jobs server raises."""
+    import requests  # as Ray's client does
     from ray.exceptions import AuthenticationError
 
     try:
@@ -156,7 +159,7 @@ def _refusals(address: str, job: str | None = None) -> Iterator[None]:
             f"the Ray cluster at {address} refuses: {first_line(error)}. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN "
             "or RAY_AUTH_TOKEN_PATH (default ~/.ray/auth_token) to the cluster's token"
         ) from error
-    except ConnectionError as error:
+    except (ConnectionError, requests.exceptions.ConnectionError) as error:
         raise StageFailure(
             f"nobody answers at {address}: is it the address of the dashboard, can this machine reach it, and was Ray "
             f"installed as ray[default] on the head? ({first_line(error)})"
@@ -192,9 +195,21 @@ async def _print_log(client: Any, job: str) -> None:
 
 
 def _await_end(client: Any, job: str) -> Any:
-    while not (details := client.get_job_info(job)).status.is_terminal():
+    """How the job ended; a dashboard that is away for a while does not end the waiting, for the job goes on."""
+    away_since = None
+    while True:
+        try:
+            details = client.get_job_info(job)
+            if details.status.is_terminal():
+                return details
+            away_since = None
+        except (OSError, RuntimeError) as error:
+            if away_since is None:
+                log.warning("how %s is cannot be asked (%s); trying for %d s", job, first_line(error), AWAY_S)
+                away_since = time.monotonic()
+            if "404" in str(error) or time.monotonic() - away_since > AWAY_S:
+                raise
         time.sleep(POLL_S)
-    return details
 
 
 def _exit_code(details: Any) -> int:
