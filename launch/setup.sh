@@ -13,9 +13,10 @@ fail() {
 check_machine() {
     local python=${PYTHON:-python3}
     command -v "$python" >/dev/null ||
-        fail "$python not found; install Python 3.11 or newer, or set PYTHON to one"
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-        fail "$("$python" --version) is too old; install Python 3.11 or newer, or set PYTHON to one"
+        fail "$python not found; install Python 3.11 to 3.14, or set PYTHON to one"
+    "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' ||
+        fail "$("$python" --version) is not one that the packages of launch/constraints.txt are made for; install Python \
+3.11 to 3.14, or set PYTHON to one"
     "$python" -c 'import ensurepip, venv' 2>/dev/null ||
         fail "$python cannot make virtual environments; install python3-venv (Debian, Ubuntu)"
     command -v "${CXX:-c++}" >/dev/null || command -v g++ >/dev/null ||

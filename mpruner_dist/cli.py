@@ -26,7 +26,9 @@ app.add_typer(submit, name="submit")
 DryRun = Annotated[
     bool,
     typer.Option(
-        "--dry-run", help="Check everything and print what would happen. From a hub, model and data are fetched."
+        "--dry-run",
+        help="Check configuration, model and data, and print what would happen; GPUs, free memory and disk are not "
+        "looked at. From a hub, model and data are fetched.",
     ),
 ]
 

@@ -180,7 +180,7 @@ def _retraining(
             f"{retrain.steps} steps of {_sequences(config, retrain.batch_size)} ({epochs:.1f} epochs), "
             f"{settings['gradient_accumulation_steps']} micro-batches of {retrain.micro_batch_size} a worker, "
             f"ZeRO stage {zero_stage(settings)}, at most {trained / 1e6:.2f} M parameters trained, at most "
-            f"{_training_memory(config, settings, checkpoint.num_parameters, trained)}",
+            f"{_training_memory(config, settings, checkpoint, trained)}; activations, logits and buffers on top",
         ),
         (
             "its checkpoints",
@@ -218,15 +218,24 @@ def _trained(config: Config, checkpoint: CheckpointFolder, names: list[str], siz
     return checkpoint.num_parameters if retrain.trainable == "all" else layers * max(sizes)
 
 
-def _training_memory(config: Config, settings: Settings, parameters: int, trained: int) -> str:
+SUB_GROUP = int(1e9)
+"""Parameters that ZeRO stage 3 steps at a time, if the JSON says nothing."""
+
+
+def _training_memory(config: Config, settings: Settings, checkpoint: CheckpointFolder, trained: int) -> str:
     """Weights, gradients, optimizer state and the teacher's weights, and what of them is offloaded."""
     stage, workers, width = zero_stage(settings), config.cluster.workers, _width(config)
     zero, distillation = settings["zero_optimization"], config.retrain and config.retrain.distillation
-    weights = parameters * width / (workers if stage == 3 else 1)
+    parameters = checkpoint.num_parameters
     if distillation and not distillation.cache:  # a cached teacher is gone before training begins
-        weights *= 2
+        given = distillation.teacher
+        teacher = read_checkpoint(resolve_source(given, None)) if given else checkpoint
+        parameters += teacher.num_parameters
+    weights = parameters * width / (workers if stage == 3 else 1)
     gradients = trained * width / (workers if stage >= 2 else 1)
-    optimizer = trained * (12 if width < 4 else 8) / workers
+    optimizer = trained * 12 / workers  # DeepSpeed keeps float32 weights of its own also where the model's are such
+    if width < 4 or stage == 3:  # in a step, gradients in float32
+        optimizer += 4 * min(trained / workers, zero.get("sub_group_size", SUB_GROUP) if stage == 3 else trained)
     away: dict[str, float] = {}
     for name, size in (("offload_optimizer", optimizer), ("offload_param", weights)):
         device = (zero.get(name) or {}).get("device", "none")

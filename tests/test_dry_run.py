@@ -207,11 +207,11 @@ def test_every_deepspeed_configuration_is_completed(
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({}, "at most 0.08 M parameters trained, at most 1.6 MB a worker"),
+        ({}, "at most 0.08 M parameters trained, at most 2.0 MB a worker; activations"),
         ({"trainable": "neighbours"}, "at most 0.04 M parameters trained"),  # two gaps, four layers
         ({"lora": {"rank": 1}}, "at most 0.00 M parameters trained"),
-        ({"distillation": {"top_k": 3, "cache": True}}, "at most 1.3 MB a worker"),
-        ({"deepspeed": str(ROOT / "configs/deepspeed/zero3_offload.json")}, "1.3 MB on cpu"),
+        ({"distillation": {"top_k": 3, "cache": True}}, "at most 1.6 MB a worker"),
+        ({"deepspeed": str(ROOT / "configs/deepspeed/zero3_offload.json")}, "2.0 MB on cpu"),
     ],
 )
 def test_the_dry_run_counts_what_is_trained(

@@ -9,7 +9,7 @@ from mpruner_dist.config.base import NonNegative, Positive, Section
 
 
 class DistillationConfig(Section):
-    """Learning from an unpruned model. What the weights leave over, the language-model loss has."""
+    """Learning from an unpruned model. What the weights leave over, the task's own loss has."""
 
     weight: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the divergence from the teacher's predictions."""

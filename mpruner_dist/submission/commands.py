@@ -36,12 +36,16 @@ def slurm(
     then: Annotated[
         str | None, typer.Option(metavar="retrain", help="Retrain and evaluate in a second job, of another shape.")
     ] = None,
-    then_nodes: Annotated[str | None, typer.Option(help="Nodes of the second job.")] = None,
-    then_gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs a node of the second job.")] = None,
+    then_nodes: Annotated[str | None, typer.Option(help="Nodes of the second job; else as of the first.")] = None,
+    then_gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="GPUs a node of the second job; else as of the first.")
+    ] = None,
     sweep: Annotated[
         str | None, typer.Option(metavar="KEY=V1,V2", help="Collect once, then run with each value as an array.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands and the script.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the commands, what Slurm says to them, and the script.")
+    ] = False,
     options: Annotated[
         list[str] | None, typer.Argument(metavar="[-- SBATCH OPTIONS]", help="Anything else for sbatch.")
     ] = None,
