@@ -1,10 +1,12 @@
 """Which shape is chosen, and why."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
+from mpruner_dist.cluster import control_group
 from mpruner_dist.cluster.shape import choose_shape, free_memory, require_room_to_load
 from mpruner_dist.errors import StageFailure
 
@@ -76,3 +78,28 @@ def test_free_memory_of_this_machine_is_shared_by_its_workers() -> None:
     assert 10**8 < one < 10**14
     four, _ = free_memory(torch.device("cpu"), 4)
     assert four == pytest.approx(one / 4, rel=0.2)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_limit_of_a_job_is_that_of_its_group_or_of_one_above(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
+    own = {1: "12:cpu,cpuacct:/\n7:memory:/slurm/job_5/step_0\n0::/\n", 2: "0::/slurm/job_5/step_0\n"}[version]
+    names = {
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem"),
+        2: ("memory.max", "memory.current", "file", "shmem"),
+    }[version]
+    (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(control_group, "GROUPS", tmp_path)
+    monkeypatch.setattr(control_group, "OWN", tmp_path / "own")
+    assert control_group.memory_limit() is None
+    assert control_group.memory_left() is None
+    none = {1: str(2**63 - 4096), 2: "max"}[version]
+    root = tmp_path / "memory" if version == 1 else tmp_path
+    for folder, limit in (("slurm", "9000"), ("slurm/job_5", "5000"), ("slurm/job_5/step_0", none)):
+        (root / folder).mkdir(parents=True)
+        (root / folder / names[0]).write_text(f"{limit}\n")
+        (root / folder / names[1]).write_text("4000\n")
+        (root / folder / "memory.stat").write_text(f"anon 1\n{names[2]} 3000\n{names[3]} 500\n")
+    assert control_group.memory_limit() == 5000
+    assert control_group.memory_left() == 5000 - (4000 - 2500)

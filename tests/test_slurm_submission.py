@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,6 +155,37 @@ def test_what_does_not_stop_before_the_time_limit_is_killed_and_queued_again(
     finally:
         nodes.kill()
         nodes.wait()
+
+
+def test_a_job_that_saves_nothing_before_its_time_limit_does_not_begin_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queued: list[str] = []
+    here = SimpleNamespace(job="7", restarts=0, hosts=["n1"], requeue=lambda: queued.append("7"))
+    monkeypatch.setattr(allocation.Allocation, "here", lambda: here)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process keeps its own
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 100))
+    step = tmp_path / "run/round-02/retrain/12ab/step-000010"
+
+    def start(saves: bool = False) -> int:
+        def command(*given: Any) -> int:
+            given[-1].received = "SIGUSR2"
+            step.mkdir(parents=True, exist_ok=True)
+            (step / "weights").write_text("cut off")
+            if saves:
+                (step / "mpruner.json").touch()
+            return 75
+
+        monkeypatch.setattr(allocation, "_on_all_nodes", command)
+        return allocation.run_in_allocation(["c.yaml", "--run-dir", str(tmp_path / "run")])
+
+    assert [start(), start(), start(saves=True), start(), start()] == [75] * 5
+    assert len(queued) == 5
+    with pytest.raises(StageFailure, match="nothing was saved in 3 starts, each of which the time limit ended"):
+        start()
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 5000))  # preempted by others, long before
+    assert [start(), start()] == [75] * 2
+    assert len(queued) == 7
 
 
 def test_a_program_that_is_not_there_is_said(tmp_path: Path) -> None:

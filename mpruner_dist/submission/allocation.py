@@ -24,6 +24,7 @@ from mpruner_dist.errors import MPrunerError, Preempted, StageFailure, UserError
 from mpruner_dist.logs import set_up_logging
 from mpruner_dist.runs.folder import begin_run
 from mpruner_dist.submission.allotment import Allocation
+from mpruner_dist.submission.saved import MAX_BARREN, is_stuck, saved
 
 log = logging.getLogger("mpruner_dist.submission")  # __name__ is __main__ here
 
@@ -34,6 +35,8 @@ NOTICE_S = 5
 """Seconds in which srun notices that Ray has ended."""
 LAST_S = 45
 """Seconds before the time limit in which Ray ends on all nodes and the job goes back into the queue."""
+BY_LIMIT_S = 900
+"""A signal so many seconds before the time limit, or later, is taken for its announcement."""
 MAX_LOST = 5
 """A job is put back into the queue so often because its Ray ended under the command."""
 
@@ -60,7 +63,8 @@ def run_in_allocation(arguments: list[str]) -> int:
 
     Raises:
         UserError: wrong arguments.
-        StageFailure: the command was not begun, or Ray ended under it once too often.
+        StageFailure: the command was not begun, Ray ended under it once too often, or the time limit ended it again and
+            again before anything was saved.
     """
     signals = _Signals()
     for number in (signal.SIGTERM, signal.SIGUSR2):
@@ -69,6 +73,7 @@ def run_in_allocation(arguments: list[str]) -> int:
     allocation = Allocation.here()
     begin_run(run_dir).close()
     log.info("job %s, start %d, on %s", allocation.job, allocation.restarts + 1, " ".join(allocation.hosts))
+    before = saved(run_dir)
     try:
         code = _on_all_nodes(command, allocation, run_dir / "logs", signals)
     except HeadLost as error:
@@ -77,8 +82,19 @@ def run_in_allocation(arguments: list[str]) -> int:
         log.error("%s", error)
         code = Preempted.exit_code
     if code == Preempted.exit_code:
+        if signals.received and time.time() > _end_time() - BY_LIMIT_S and is_stuck(before, run_dir, allocation.job):
+            raise StageFailure(
+                f"nothing was saved in {MAX_BARREN} starts, each of which the time limit ended: raise --time, save "
+                "more often (retrain.save_every, collect.save_every), or announce the limit earlier "
+                "(--signal=B:USR2@SECONDS); the same submission goes on from what was saved before"
+            )
         allocation.requeue()
     return code
+
+
+def _end_time() -> float:
+    """When Slurm ends the job, in seconds since 1970."""
+    return float(os.environ.get("SLURM_JOB_END_TIME", "inf"))
 
 
 def _count(file: Path) -> int:
@@ -193,7 +209,7 @@ def _run_command(command: list[str], environment: dict[str, str], signals: _Sign
         log.info("stopped by %s before the command began", signals.received)
         return Preempted.exit_code
     log.info("%s", shlex.join(command))
-    ends = float(os.environ.get("SLURM_JOB_END_TIME", "inf"))
+    ends = _end_time()
     process, told = subprocess.Popen(command, env=environment), False
     while process.poll() is None:
         if nodes.poll() is not None:
