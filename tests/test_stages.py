@@ -208,7 +208,7 @@ def test_a_micro_batch_counts_only_where_it_is_normalised(tmp_path: Path) -> Non
         config = SimpleNamespace(retrain=section, model=SimpleNamespace(dtype="float32"))
         road: Any = SimpleNamespace(
             config=config, plan=lambda: Plan.keeping(4, [0, 2, 3]), text=str, model_id=kind,
-            checkpoint=read_checkpoint(tmp_path / kind),
+            checkpoint=read_checkpoint(tmp_path / kind), source=tmp_path / kind,
         )  # fmt: skip
         return retrain(road)[0]
 

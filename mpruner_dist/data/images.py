@@ -93,7 +93,7 @@ def pixel_format(model_folder: Path) -> PixelFormat:
     for name in ("do_flip_channel_order", "rescale_offset"):
         if processor.get(name):
             raise UserError(f"{file} asks for {name}, which is not known here: the model would see other colours")
-    vision = config | config.get("vision_config", {})
+    vision = config | (config.get("vision_config") or {})
     channels = int(vision.get("num_channels", 3))
     crop = processor.get("crop_size") if processor.get("do_center_crop", True) else None
     asked = crop or processor.get("size")  # of a model that takes any, the size of its training
