@@ -24,7 +24,7 @@ from mpruner_dist.errors import MPrunerError, Preempted, StageFailure, UserError
 from mpruner_dist.logs import set_up_logging
 from mpruner_dist.runs.folder import begin_run
 from mpruner_dist.submission.allotment import Allocation
-from mpruner_dist.submission.saved import MAX_BARREN, is_stuck, saved
+from mpruner_dist.submission.saved import MAX_BARREN, count, is_stuck, saved
 
 log = logging.getLogger("mpruner_dist.submission")  # __name__ is __main__ here
 
@@ -77,7 +77,7 @@ def run_in_allocation(arguments: list[str]) -> int:
     try:
         code = _on_all_nodes(command, allocation, run_dir / "logs", signals)
     except HeadLost as error:
-        if _count(run_dir / "logs" / f".lost-{allocation.job}") > MAX_LOST:
+        if count(run_dir / "logs" / f".lost-{allocation.job}") > MAX_LOST:
             raise
         log.error("%s", error)
         code = Preempted.exit_code
@@ -95,13 +95,6 @@ def run_in_allocation(arguments: list[str]) -> int:
 def _end_time() -> float:
     """When Slurm ends the job, in seconds since 1970."""
     return float(os.environ.get("SLURM_JOB_END_TIME", "inf"))
-
-
-def _count(file: Path) -> int:
-    """How often this was called for a file."""
-    number = int(file.read_text()) + 1 if file.exists() else 1
-    file.write_text(str(number))
-    return number
 
 
 def command_line(arguments: list[str], array_task: str | None) -> tuple[list[str], Path]:

@@ -26,10 +26,15 @@ def is_stuck(before: set[tuple[str, int]], run: Path, job: str) -> bool:
         run: the run folder, whose `logs/` keeps the count.
         job: of Slurm.
     """
-    count = run / "logs" / f".barren-{job}"
+    barren = run / "logs" / f".barren-{job}"
     if saved(run) != before:
-        count.unlink(missing_ok=True)
+        barren.unlink(missing_ok=True)
         return False
-    number = int(count.read_text()) + 1 if count.exists() else 1
-    count.write_text(str(number))
-    return number >= MAX_BARREN
+    return count(barren) >= MAX_BARREN
+
+
+def count(file: Path) -> int:
+    """How often this was called for a file."""
+    number = int(file.read_text()) + 1 if file.exists() else 1
+    file.write_text(str(number))
+    return number
